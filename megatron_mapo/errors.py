@@ -1,0 +1,53 @@
+"""What a user can cause. Every message says what happened and which key or file to change.
+
+The command line prints these as one line and exits with ``exit_code``; anything else is a bug and
+keeps its traceback.
+"""
+
+
+class MapoError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+    exit_code = 1
+
+
+class ConfigError(MapoError):
+    """A configuration key is unknown, mistyped, out of range, or contradicts another key."""
+
+    exit_code = 2
+
+
+class DataError(MapoError):
+    """A dataset, a data row, a prompt or a model folder cannot be used as it is."""
+
+    exit_code = 3
+
+
+class RewardError(MapoError):
+    """A reward function raised, hung, or returned something that is not a finite number."""
+
+    exit_code = 4
+
+
+class RolloutError(MapoError):
+    """A generation server is missing, died, refused a request, or answered with something else."""
+
+    exit_code = 5
+
+
+class WeightSyncError(RolloutError):
+    """The servers' weights could not be updated, or differ from the trainer's after an update."""
+
+    exit_code = 6
+
+
+class CheckpointError(MapoError):
+    """A checkpoint is missing, incomplete, or does not fit the model or the configuration."""
+
+    exit_code = 7
+
+
+class TrainingError(MapoError):
+    """Training cannot go on: not-finite numbers, or server and trainer disagree on log-probs."""
+
+    exit_code = 8

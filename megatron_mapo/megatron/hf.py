@@ -1,0 +1,282 @@
+"""Hugging Face <-> Megatron weights, by a table that covers every parameter or refuses.
+
+``load_weights``: every rank reads only the slices that it holds; no communication.
+``named_weights``: full tensors under their Hugging Face names, one at a time, on every rank.
+``save_folder``: a folder that transformers and SGLang load.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_mapo.errors import DataError
+from megatron_mapo.megatron.model import PolicyModel, head_dim
+
+# Megatron name inside a layer -> (how it is cut over the tensor group, Hugging Face names).
+#   copy: whole on every rank      rows/columns: cut along dim 0/1
+#   gate_up: gate and up, each cut by rows, one after the other on a rank
+#   qkv: per query group its query heads, its key head, its value head; cut by groups
+LAYER = {
+    "input_layernorm.weight": ("copy", ["input_layernorm.weight"]),
+    "self_attention.linear_qkv.weight": ("qkv", [f"self_attn.{x}_proj.weight" for x in "qkv"]),
+    "self_attention.linear_qkv.bias": ("qkv", [f"self_attn.{x}_proj.bias" for x in "qkv"]),
+    "self_attention.q_layernorm.weight": ("copy", ["self_attn.q_norm.weight"]),
+    "self_attention.k_layernorm.weight": ("copy", ["self_attn.k_norm.weight"]),
+    "self_attention.linear_proj.weight": ("columns", ["self_attn.o_proj.weight"]),
+    "pre_mlp_layernorm.weight": ("copy", ["post_attention_layernorm.weight"]),
+    "mlp.linear_fc1.weight": ("gate_up", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
+    "mlp.linear_fc2.weight": ("columns", ["mlp.down_proj.weight"]),
+}
+TOP = {
+    "embedding.word_embeddings.weight": ("rows", ["model.embed_tokens.weight"]),
+    "decoder.final_layernorm.weight": ("copy", ["model.norm.weight"]),
+    "output_layer.weight": ("rows", ["lm_head.weight"]),
+}
+# Everything beside the weights that a Hugging Face folder carries.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of this rank: its value, how it is cut, and what it is called elsewhere."""
+
+    kind: str
+    names: list[str]
+    value: Tensor
+
+
+def entries(model: PolicyModel) -> list[Entry]:
+    """The table of this pipeline stage, in the model's order.
+
+    Raises:
+        DataError: the model has a parameter that the table does not know.
+    """
+    out = []
+    for name, value in model.named_parameters():
+        layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+        kind, names = (LAYER if layer else TOP).get(layer[2] if layer else name, ("", []))
+        if not kind:
+            raise DataError(f"no Hugging Face name is known for the parameter {name}")
+        if layer:
+            number = model.decoder.layers[int(layer[1])].layer_number - 1
+            names = [f"model.layers.{number}.{n}" for n in names]
+        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            names = ["model.embed_tokens.weight"]
+        out.append(Entry(kind, names, value))
+    return out
+
+
+class SafetensorsFolder:
+    """Read-only view of all tensors of a Hugging Face folder.
+
+    Raises:
+        DataError: there is no safetensors file, or a tensor asked for is missing or misshapen.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise DataError(f"model.path: no *.safetensors file in {self.path}")
+        self.handles = {}
+        for file in files:
+            try:
+                handle = safe_open(str(file), "pt")
+            except Exception as error:  # safetensors raises its own, undocumented types
+                raise DataError(f"model.path: {file} is not a readable safetensors file: {error}") from error
+            self.handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def read(self, name: str, dim: int | None, parts: int, part: int, size: int | None = None) -> Tensor:
+        """Part ``part`` of ``parts`` along ``dim`` (None: all), after padding ``dim`` with zeros to ``size``."""
+        if name not in self.handles:
+            raise DataError(f"model.path: tensor {name} is missing in {self.path}")
+        if dim is None:
+            return self.handles[name].get_tensor(name)
+        view = self.handles[name].get_slice(name)
+        real = view.get_shape()[dim]
+        if (size or real) % parts:
+            raise DataError(
+                f"model.path: {name} has {real} entries along dimension {dim}, "
+                f"which actor.parallel.tensor={parts} does not divide"
+            )
+        width = (size or real) // parts
+        start, stop = part * width, min((part + 1) * width, real)
+        piece = view[start:stop] if dim == 0 else view[:, start:stop]
+        if stop - start < width:
+            piece = torch.cat([piece, piece.new_zeros(width - (stop - start), *piece.shape[1:])])
+        return piece
+
+
+@torch.no_grad()
+def load_weights(model: PolicyModel, path: str | Path) -> None:
+    """Fill ``model`` from a Hugging Face folder.
+
+    Raises:
+        DataError: a tensor is missing, unexpected, or has another shape; the message names it.
+    """
+    folder = SafetensorsFolder(path)
+    group = parallel_state.get_tensor_model_parallel_group()
+    size, rank = group.size(), group.rank()
+    config = model.config
+    used = set()
+    for entry in entries(model):
+        used.update(entry.names)
+        if entry.kind == "copy":
+            value = folder.read(entry.names[0], None, size, rank)
+        elif entry.kind == "rows":
+            value = folder.read(entry.names[0], 0, size, rank, size=model.vocab_size)
+        elif entry.kind == "columns":
+            value = folder.read(entry.names[0], 1, size, rank)
+        elif entry.kind == "gate_up":
+            value = torch.cat([folder.read(n, 0, size, rank) for n in entry.names])
+        else:
+            groups = config.num_query_groups // size
+            parts = (folder.read(n, 0, size, rank) for n in entry.names)
+            value = torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 1)
+        if value.shape != entry.value.shape:
+            raise DataError(
+                f"model.path: {' + '.join(entry.names)} has shape {tuple(value.shape)} on this rank, "
+                f"expected {tuple(entry.value.shape)}"
+            )
+        entry.value.copy_(value)
+    _refuse_unexpected(folder, model, used)
+
+
+def _refuse_unexpected(folder: SafetensorsFolder, model: PolicyModel, used: set[str]) -> None:
+    """Tensors of the folder that no stage takes are an error: a part of the model would be dropped."""
+    stages: list[set[str] | None] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(stages, used, group=parallel_state.get_pipeline_model_parallel_group())
+    known: set[str] = set().union(*(s or set() for s in stages))
+    if model.share_embeddings_and_output_weights:
+        known.add("lm_head.weight")
+    extra = sorted(n for n in set(folder.handles) - known if not n.endswith("rotary_emb.inv_freq"))
+    if extra:
+        raise DataError(f"model.path: unexpected tensors in {folder.path}: {', '.join(extra[:5])}")
+
+
+@torch.no_grad()
+def named_weights(model: PolicyModel, hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """All weights under their Hugging Face names, whole, in the model's order. Collective.
+
+    Every rank of a model replica must exhaust the iterator. A tensor is valid until the next one
+    is asked for.
+    """
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    mine = [e for e in entries(model) if not (len(e.names) == 1 and _is_second_copy(e, model))]
+    tables: list[list[tuple[str, list[str], torch.Size]]] = [[] for _ in range(pipeline_group.size())]
+    dist.all_gather_object(tables, [(e.kind, e.names, e.value.shape) for e in mine], group=pipeline_group)
+    for stage, table in enumerate(tables):
+        for i, (kind, names, shape) in enumerate(table):
+            if stage == pipeline_group.rank():
+                local = mine[i].value.detach().contiguous()
+            else:
+                local = torch.empty(shape, dtype=model.config.params_dtype, device=_device(model))
+            if pipeline_group.size() > 1:
+                dist.broadcast(local, group=pipeline_group, group_src=stage)
+            if tensor_group.size() == 1 or kind == "copy":
+                parts = local[None]
+            else:
+                whole = local.new_empty(tensor_group.size() * shape[0], *shape[1:])
+                dist.all_gather_into_tensor(whole, local, group=tensor_group)
+                parts = whole.view(tensor_group.size(), *shape)
+            yield from zip(names, _join(kind, parts, hf), strict=True)
+
+
+def _is_second_copy(entry: Entry, model: PolicyModel) -> bool:
+    """The last stage's copy of tied embeddings; the first stage has the one that is sent."""
+    tied = model.share_embeddings_and_output_weights and not model.pre_process
+    return tied and entry.names == ["model.embed_tokens.weight"]
+
+
+def _device(model: PolicyModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _join(kind: str, parts: Tensor, hf: PretrainedConfig) -> list[Tensor]:
+    """The Hugging Face tensors of one entry, from all tensor-parallel parts ``[tp, *shape]``."""
+    if kind == "copy":
+        return [parts[0]]
+    if kind == "rows":
+        return [parts.flatten(0, 1)[: hf.vocab_size]]
+    if kind == "columns":
+        return [torch.cat(list(parts), 1)]
+    if kind == "gate_up":
+        halves = [p.chunk(2) for p in parts]
+        return [torch.cat([h[i] for h in halves]) for i in (0, 1)]
+    dim = head_dim(hf)
+    heads = hf.num_attention_heads // hf.num_key_value_heads
+    by_group = parts.reshape(hf.num_key_value_heads, (heads + 2) * dim, *parts.shape[2:])
+    return [x.reshape(-1, *parts.shape[2:]) for x in by_group.split([heads * dim, dim, dim], 1)]
+
+
+def save_folder(
+    weights: Iterator[tuple[str, Tensor]], source: str | Path, out: str | Path, *, shard_bytes: int = 4 << 30
+) -> Path:
+    """Write a Hugging Face folder: ``weights`` as safetensors, every companion file of ``source``.
+
+    The folder appears under its name only when it is complete; one that is there already is replaced.
+
+    Args:
+        weights: names and whole tensors, one at a time.
+        source: folder of the original model (config, tokenizer, chat template, ...).
+        out: folder to write.
+        shard_bytes: most bytes of one safetensors file.
+    """
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for pattern in COMPANIONS:
+        for file in Path(source).glob(pattern):
+            if not file.name.endswith(".safetensors.index.json"):
+                shutil.copy2(file, partial)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total = 0
+
+    def flush() -> None:
+        save_file(pending, str(partial / f"shard-{len(shards)}"), metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, value in weights:
+        size = value.numel() * value.element_size()
+        if pending and pending_bytes + size > shard_bytes:
+            flush()
+            pending_bytes = 0
+        pending[name] = value.detach().cpu().contiguous().clone()
+        pending_bytes += size
+        total += size
+    flush()
+    _name_shards(partial, shards, total)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return out
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    """Give the files transformers' names, and the index that several of them need."""
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    where = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        where.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,0 +1,245 @@
+"""Hugging Face config -> megatron GPTModel that answers with log-probs instead of logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_mapo.config import ActorConfig, Dtype
+from megatron_mapo.data.packing import PackedBatch
+from megatron_mapo.errors import DataError
+from megatron_mapo.megatron.attention import PackedParams, layer_spec
+from megatron_mapo.megatron.logprobs import chunked_logprobs
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+
+
+def load_hf_config(path: str | Path) -> PretrainedConfig:
+    """Read and check ``config.json`` of a Hugging Face folder.
+
+    Raises:
+        DataError: the file is missing, or describes a model that this project does not vouch for.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise DataError(f"model.path: {file} does not exist")
+    model_type = json.loads(file.read_text()).get("model_type")
+    if model_type not in SUPPORTED:
+        raise DataError(f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    expected = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False}
+    for key, value in expected.items():
+        if getattr(hf, key, value) not in (value, None):
+            raise DataError(f"model.path: config.json has {key}={getattr(hf, key)!r}; only {value!r} is supported")
+    if model_type == "llama" and getattr(hf, "attention_bias", False):
+        raise DataError("model.path: config.json has attention_bias=true, which is not supported for llama")
+    rotary_frequencies(hf)
+    return hf
+
+
+def head_dim(hf: PretrainedConfig) -> int:
+    """Size of one attention head."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def rotary_frequencies(hf: PretrainedConfig) -> Tensor:
+    """Inverse frequencies of the rotary embedding, float32 ``[head_dim / 2]``.
+
+    Raises:
+        DataError: a scaling other than none or llama3.
+    """
+    rope = hf.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        dim = head_dim(hf)
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    if kind == "llama3":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        return ROPE_INIT_FUNCTIONS["llama3"](hf, torch.device("cpu"))[0]
+    raise DataError(f"model.path: config.json has rope_type={kind!r}; supported: default, llama3")
+
+
+def padded_vocab_size(hf: PretrainedConfig, tensor_parallel: int) -> int:
+    """Vocabulary rows, rounded up so that every tensor-parallel rank holds as many."""
+    return -(-hf.vocab_size // tensor_parallel) * tensor_parallel
+
+
+def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, on_cpu: bool) -> TransformerConfig:
+    """megatron's configuration of this model in this layout."""
+    parallel = actor.parallel
+    torch_dtype = getattr(torch, dtype.value)
+    recompute: dict[str, Any] = {}
+    if actor.recompute:
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        ffn_hidden_size=hf.intermediate_size,
+        kv_channels=head_dim(hf),
+        layernorm_epsilon=hf.rms_norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=hf.model_type == "qwen3",
+        add_qkv_bias=hf.model_type == "qwen2",
+        add_bias_linear=False,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        variable_seq_lengths=parallel.pipeline > 1,
+        # megatron asks for this dispatcher with variable lengths, even for dense models.
+        moe_token_dispatcher_type="alltoall",
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
+        bf16=torch_dtype is torch.bfloat16,
+        # The loss is a plain sum whose weights already carry every average (token_weight).
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_dropout_fusion=False,
+        deallocate_pipeline_outputs=True,
+        **recompute,
+    )
+
+
+class LogprobHead(ColumnParallelLinear):
+    """The output layer: hidden states in, log-probs and entropies out."""
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, batch: PackedBatch, weight: Tensor, temperature: float, chunk: int, vocab_size: int
+    ) -> Tensor:
+        """Score the microbatch.
+
+        Args:
+            hidden: ``[T, 1, H]``, or its sequence-parallel part.
+            batch: names the scored tokens and their labels.
+            weight: ``[V, H]``, this rank's rows of the output matrix.
+            temperature: logits are divided by it.
+            chunk: tokens whose logits exist at one time.
+            vocab_size: real size of the vocabulary.
+
+        Returns:
+            float32 ``[2, S]``: log-prob of the label, entropy.
+        """
+        group = self.tp_group
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        scored = hidden.squeeze(1).index_select(0, batch.scored)
+        logprobs, entropy = chunked_logprobs(
+            scored,
+            weight,
+            batch.labels,
+            temperature=temperature,
+            chunk=chunk,
+            vocab_size=vocab_size,
+            group=group,
+        )
+        return torch.stack([logprobs, entropy])
+
+
+class PolicyModel(GPTModel):
+    """GPTModel with explicit positions, an attention plan, and log-probs instead of logits."""
+
+    def __init__(
+        self, config: TransformerConfig, hf: PretrainedConfig, *, temperature: float, logprob_chunk: int
+    ) -> None:
+        super().__init__(
+            config,
+            layer_spec(config),
+            vocab_size=padded_vocab_size(hf, config.tensor_model_parallel_size),
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            position_embedding_type="rope",
+        )
+        if self.post_process:
+            # The same module with another forward: megatron builds and marks it (tied embeddings over
+            # pipeline stages), and calling it keeps the hooks that overlap parameter gathers.
+            self.output_layer.__class__ = LogprobHead
+        _mark_tensor_parallel(self)
+        self.hf_vocab_size = hf.vocab_size
+        self.temperature = temperature
+        self.logprob_chunk = logprob_chunk
+        frequencies = rotary_frequencies(hf).repeat(2)
+        self.register_buffer("rotary_frequencies", frequencies, persistent=False)
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Any = None,
+    ) -> tuple[Any, ...]:
+        """Embed the tokens, and make the rotary angles of their explicit positions."""
+        if self.pre_process:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        angles = position_ids[0].float()[:, None] * self.rotary_frequencies
+        return decoder_input, angles[:, None, None, :], None, None, None, None
+
+    def _postprocess(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Hidden states for the next stage, or ``[2, S]`` log-probs and entropies on the last one."""
+        if not self.post_process:
+            return hidden_states
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        batch = arguments["packed_seq_params"].batch
+        return self.output_layer(
+            hidden_states, batch, weight, self.temperature, self.logprob_chunk, self.hf_vocab_size
+        )
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Mark what is cut over the tensor group.
+
+    megatron does so while it initialises weights at random, which is skipped here; without the marks
+    the gradient norm would count rank 0's part of every matrix only.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            cut = [module.weight] if dim == 1 else [module.weight, getattr(module, "bias", None)]
+            for parameter in cut:
+                if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+def forward_microbatch(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+    """Run one packed microbatch through ``model`` (bare or wrapped for data parallelism)."""
+    params = PackedParams(batch=batch)
+    return model(batch.tokens[None], batch.positions[None], None, packed_seq_params=params)

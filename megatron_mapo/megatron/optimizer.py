@@ -1,0 +1,72 @@
+"""Data-parallel wrapper, optimizer and learning-rate schedule of the actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_mapo.config import OptimConfig
+from megatron_mapo.megatron.model import PolicyModel
+
+
+def data_parallel(model: PolicyModel, optim: OptimConfig) -> DistributedDataParallel:
+    """Wrap the model: gradients are summed (never averaged) over data and context ranks in float32."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optim.distributed,
+        overlap_grad_reduce=optim.overlap_grad_reduce,
+        overlap_param_gather=optim.overlap_param_gather,
+    )
+    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    config = model.config
+    config.finalize_model_grads_func = _finalize
+    if optim.overlap_grad_reduce:
+        config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def _finalize(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    """megatron's reductions, without its division by a token count: ``token_weight`` did that."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(
+    model: DistributedDataParallel, optim: OptimConfig, total_updates: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW on float32 master weights, and its schedule over ``total_updates`` optimizer steps."""
+    dtype = model.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            params_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            use_distributed_optimizer=optim.distributed,
+            overlap_param_gather=optim.overlap_param_gather,
+        ),
+        [model],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.lr if optim.schedule.value == "constant" else 0.0,
+        lr_warmup_steps=optim.warmup_steps,
+        # Update k of n runs at the schedule's step k, so that neither the first nor the last one runs at 0.
+        lr_decay_steps=max(total_updates, optim.warmup_steps) + 1,
+        lr_decay_style=optim.schedule.value,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,243 @@
+"""Actor and reference: log-probs of a batch, and the update of the actor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_mapo.algorithms.policy_loss import policy_loss
+from megatron_mapo.config import Config, LossAggregation
+from megatron_mapo.data.packing import PackedBatch, PackingSpec, pack, plan_microbatches
+from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.errors import TrainingError
+from megatron_mapo.megatron.hf import load_weights, named_weights
+from megatron_mapo.megatron.model import PolicyModel, forward_microbatch, load_hf_config, transformer_config
+from megatron_mapo.megatron.optimizer import build_optimizer, data_parallel
+from megatron_mapo.megatron.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model says about the response tokens of a batch (R of them), on every rank's CPU.
+
+    Attributes:
+        logprobs: float32 ``[R]`` (nat); 0 where not computed.
+        entropy: float32 ``[R]`` (nat); 0 where not computed.
+        computed: bool ``[R]``; groups left out of an update are False.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    computed: Tensor
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step.
+
+    Attributes:
+        scores: log-probs and entropies from just before the step.
+        loss: the whole loss (a sum over all ranks and microbatches).
+        grad_norm: global gradient norm before clipping.
+        learning_rate: of this step.
+        packed_tokens: tokens that went through the model, on all data-parallel ranks together.
+    """
+
+    scores: TokenScores
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    packed_tokens: int
+
+
+def token_weights(batch: SequenceBatch, aggregation: LossAggregation, max_response_tokens: int) -> Tensor:
+    """Weight of each response token in the loss, from counts of the whole batch.
+
+    ``token``: 1/R over all R response tokens (DAPO). ``sequence``: 1/(N len_i) (the GRPO paper).
+    ``constant``: 1/(N max_response_tokens) (Dr. GRPO).
+
+    Returns:
+        float32 ``[R]``. With it the loss is a plain sum, however the batch is cut.
+    """
+    lens = batch.response_lens
+    if aggregation is LossAggregation.token:
+        per_sequence = torch.full((len(batch),), 1.0 / max(int(lens.sum()), 1), dtype=torch.float64)
+    elif aggregation is LossAggregation.sequence:
+        per_sequence = 1.0 / (len(batch) * lens.clamp(min=1).double())
+    else:
+        per_sequence = torch.full((len(batch),), 1.0 / (len(batch) * max_response_tokens), dtype=torch.float64)
+    return torch.repeat_interleave(per_sequence, lens).float()
+
+
+class Policy:
+    """The actor, its optimizer, and (if the loss has a KL term) the frozen reference."""
+
+    def __init__(self, config: Config, runtime: Runtime, model_path: str | Path, total_updates: int) -> None:
+        self.config, self.runtime, self.model_path = config, runtime, Path(model_path)
+        self.hf = load_hf_config(model_path)
+        self.actor = self._build()
+        self.ddp = data_parallel(self.actor, config.actor.optim)
+        self.optimizer, self.scheduler = build_optimizer(self.ddp, config.actor.optim, total_updates)
+        self.reference = self._build().eval().requires_grad_(False) if config.actor.loss.kl_coef > 0 else None
+        parallel = config.actor.parallel
+        self.packing = PackingSpec(
+            max_tokens=config.actor.microbatch_tokens,
+            share_prompts=config.actor.share_prompts,
+            data_parallel=parallel_state.get_data_parallel_world_size(),
+            context_parallel=parallel.context,
+            multiple=parallel.context * (parallel.tensor if parallel.sequence else 1),
+        )
+
+    def _build(self) -> PolicyModel:
+        actor = self.config.actor
+        on_cpu = self.runtime.device.type == "cpu"
+        model_config = transformer_config(self.hf, actor, self.config.model.dtype, on_cpu)
+        model = PolicyModel(
+            model_config,
+            self.hf,
+            temperature=self.config.rollout.temperature,
+            logprob_chunk=actor.logprob_chunk,
+        ).to(self.runtime.device)
+        load_weights(model, self.model_path)
+        return model
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The actor's weights under their Hugging Face names (see ``hf.named_weights``). Collective."""
+        return named_weights(self.actor, self.hf)
+
+    def log_probs(self, batch: SequenceBatch) -> TokenScores:
+        """Log-probs and entropies of all response tokens under the actor. Collective."""
+        return self._score(self.actor, batch)
+
+    def reference_log_probs(self, batch: SequenceBatch) -> TokenScores:
+        """The same under the reference. Collective."""
+        assert self.reference is not None
+        return self._score(self.reference, batch)
+
+    def _score(self, model: PolicyModel, batch: SequenceBatch) -> TokenScores:
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            outputs = self._run(model, self._microbatches(batch, torch.arange(len(batch)), {}), forward_only=True)
+        model.train(was_training)
+        return self._collect(outputs, len(batch.rollout_logprobs))
+
+    def update(self, batch: SequenceBatch, columns: dict[str, Tensor], rows: Tensor | None = None) -> UpdateResult:
+        """One optimizer step on a (mini-)batch. Collective.
+
+        Args:
+            batch: N sequences, R response tokens; the same on all ranks.
+            columns: per response token ``[R]``: ``advantages``, ``token_weight``; optional
+                ``old_logprobs`` (missing: the actor's own, which makes every ratio 1) and
+                ``ref_logprobs``.
+            rows: the sequences that take part (the others must not contribute to the gradient);
+                None: all.
+
+        Raises:
+            TrainingError: loss or gradient norm is not finite.
+        """
+        rows = torch.arange(len(batch)) if rows is None else rows
+        self.scheduler.step(1)
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        microbatches = self._microbatches(batch, rows, columns)
+        outputs = self._run(self.ddp, microbatches, forward_only=False)
+        loss, packed_tokens = self._total(outputs, microbatches)
+        _, grad_norm, _ = self.optimizer.step()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingError(
+                f"loss {loss} and gradient norm {grad_norm}: not finite. The last checkpoint is not touched; "
+                "lower actor.optim.lr, or look at the step's samples"
+            )
+        return UpdateResult(
+            scores=self._collect(outputs, len(batch.rollout_logprobs)),
+            loss=loss,
+            grad_norm=float(grad_norm),
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            packed_tokens=packed_tokens,
+        )
+
+    def _microbatches(self, batch: SequenceBatch, rows: Tensor, columns: dict[str, Tensor]) -> list[PackedBatch]:
+        """This rank's microbatches. No rows left still makes one filler, so that a step is a step."""
+        part = parallel_state.get_data_parallel_rank()
+        if len(rows):
+            plan = [rows[local] for local in plan_microbatches(batch.select(rows), self.packing)[part]]
+        else:
+            plan = [rows]
+        context_rank = parallel_state.get_context_parallel_rank()
+        return [pack(batch, r, columns, self.packing, context_rank).to(self.runtime.device) for r in plan]
+
+    def _run(self, model: Any, microbatches: list[PackedBatch], forward_only: bool) -> list[dict[str, Tensor]]:
+        """All microbatches through megatron's schedule; what the last stage found out about each."""
+        loss_config = self.config.actor.loss
+
+        def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
+            packed = next(iterator)
+
+            def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                logprobs, entropy = output
+                loss = output.new_zeros(())
+                if not forward_only:
+                    c = packed.columns
+                    old = c.get("old_logprobs", logprobs.detach())
+                    loss = policy_loss(
+                        logprobs,
+                        old,
+                        c["advantages"],
+                        c["token_weight"],
+                        loss_config,
+                        ref_logprobs=c.get("ref_logprobs"),
+                        entropy=entropy,
+                    )
+                found = {"index": packed.response_index, "scores": output.detach(), "loss": loss.detach()}
+                return loss, torch.ones((), dtype=torch.int, device=loss.device), found
+
+            return forward_microbatch(model, packed), loss_function
+
+        multiple = self.config.actor.parallel.context
+        longest = max(len(p.tokens) for p in microbatches) * multiple
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=[model],
+            num_microbatches=len(microbatches),
+            seq_length=longest,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _collect(self, outputs: list[dict[str, Tensor]], responses: int) -> TokenScores:
+        """Bring the scores of all data and context ranks from the last stage to every rank's CPU."""
+        # One slot more takes what filler microbatches say.
+        table = torch.zeros(3, responses + 1, device=self.runtime.device)
+        for found in outputs:
+            table[:2, found["index"]] = found["scores"].float()
+            table[2, found["index"]] = 1.0
+        dist.all_reduce(table, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self._from_last_stage(table)
+        logprobs, entropy, computed = table[:, :responses].cpu()
+        return TokenScores(logprobs, entropy, computed > 0)
+
+    def _total(self, outputs: list[dict[str, Tensor]], microbatches: list[PackedBatch]) -> tuple[float, int]:
+        tokens = sum(len(p.tokens) for p in microbatches)
+        loss = sum((found["loss"] for found in outputs), torch.zeros((), device=self.runtime.device))
+        totals = torch.stack([loss.double(), torch.tensor(float(tokens), device=loss.device, dtype=torch.float64)])
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self._from_last_stage(totals)
+        total_loss, total_tokens = totals.tolist()
+        return total_loss, int(total_tokens)
+
+    def _from_last_stage(self, tensor: Tensor) -> None:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1:
+            dist.broadcast(tensor, group=group, group_src=group.size() - 1)

@@ -1,0 +1,117 @@
+"""Device, process groups, seeds, threads. The only file that asks which device there is."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_mapo.config import Config, data_parallel_size
+
+T = TypeVar("T")
+
+
+@dataclass
+class Runtime:
+    """This process among the trainers.
+
+    Attributes:
+        device: where the model lives.
+        rank: global rank.
+        world_size: number of trainer processes.
+        control_group: gloo group of all ranks, for small CPU data.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    control_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: it talks to the servers, writes logs and prints."""
+        return self.rank == 0
+
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's ``value`` (any picklable object of our own making) on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control_group)
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, on every rank, in rank order."""
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value, group=self.control_group)
+        return out
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control_group)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read afterwards is right."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_gib(self) -> float:
+        """Most memory in use so far: of the device on CUDA, of the process on CPU (GiB)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def close(self) -> None:
+        """Leave all process groups."""
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that is free on loopback right now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def initialize(config: Config) -> Runtime:
+    """Join the process group of torchrun (or be alone), and build megatron's groups.
+
+    Raises:
+        ConfigError: ``actor.parallel`` does not divide the number of processes.
+    """
+    if "RANK" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update({k: str(v) for k, v in alone.items()})
+    world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
+    parallel = config.actor.parallel
+    data_parallel_size(config, world_size)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        threads = config.trainer.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        torch.set_num_threads(threads)
+    timeout = datetime.timedelta(seconds=config.trainer.collective_timeout)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        distributed_timeout_minutes=max(1, int(config.trainer.collective_timeout // 60)),
+    )
+    torch.manual_seed(config.run.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Runtime(device, dist.get_rank(), world_size, control)

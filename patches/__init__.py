@@ -1,0 +1,1 @@
+"""Deviations from upstream, one folder each: what, why, for which version, and the test that needs it."""

@@ -1,0 +1,33 @@
+"""megatron-core on CPU with gloo, and a checkpointable AdamW without Transformer Engine. See README.md."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+
+from megatron_mapo.errors import MapoError
+
+SUPPORTED = "0.16.1"
+_applied = False
+
+
+def apply() -> None:
+    """Install the patches; must run before anything imports ``megatron``. Repeated calls do nothing.
+
+    Raises:
+        MapoError: another version of megatron-core is installed.
+    """
+    global _applied
+    if _applied:
+        return
+    installed = importlib.metadata.version("megatron-core")
+    if installed != SUPPORTED:
+        raise MapoError(
+            f"megatron-core {installed} is installed, but patches/megatron_core fits {SUPPORTED} only: "
+            f"pip install megatron-core=={SUPPORTED}"
+        )
+    from megatron_mapo.patches.megatron_core import fixups, import_hook
+
+    import_hook.install(fixups.for_device(cpu=not torch.cuda.is_available()))
+    _applied = True

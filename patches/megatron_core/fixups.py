@@ -1,0 +1,108 @@
+"""The changes to single modules of megatron-core 0.16.1."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_mapo.patches.megatron_core import cpu_torch
+from megatron_mapo.patches.megatron_core.adam import FusedAdam
+from megatron_mapo.patches.megatron_core.import_hook import Fixup
+
+_real_type = torch.Tensor.type
+
+
+def _cuda_type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is None and self.device.type == "cpu":
+        return _real_type(self).replace("torch.", "torch.cuda.", 1)
+    return _real_type(self, dtype, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """``Tensor.type()`` says ``torch.cuda.FloatTensor``: the optimizer compares with such literals."""
+    before = torch.Tensor.type
+    torch.Tensor.type = _cuda_type_name  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = before  # type: ignore[method-assign]
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _random(module: ModuleType) -> None:
+    """The CUDA RNG tracker works on the CPU generator; its warning about that is the purpose here."""
+    module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(module.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+
+
+def _distributed_optimizer_types(module: ModuleType) -> None:
+    cls = module.DistributedOptimizer
+    cls.__init__ = _with_cuda_type_names(cls.__init__)
+    build = cls.__dict__["_build_model_and_main_param_groups"].__func__
+    cls._build_model_and_main_param_groups = classmethod(_with_cuda_type_names(build))
+
+
+def _float16_optimizer_types(module: ModuleType) -> None:
+    cls = module.Float16OptimizerWithFloat16Params
+    cls.__init__ = _with_cuda_type_names(cls.__init__)
+    module.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(module.clip_grad_by_total_norm_fp32)
+
+
+def _no_jit(module: ModuleType) -> None:
+    """torch.compile of megatron's tiny pointwise functions costs 20 s on a CPU and gains nothing."""
+    module.disable_jit_fuser()
+
+
+def _distributed_optimizer_adam(module: ModuleType) -> None:
+    if not module.HAVE_APEX_OR_TE:
+        module.HAVE_APEX_OR_TE = module.USING_APEX_OPTIMIZER = True
+        module.Adam = FusedAdam
+
+
+def _optimizer_adam(module: ModuleType) -> None:
+    if module.USING_PYTORCH_OPTIMIZER:
+        module.Adam = FusedAdam
+        module.USING_PYTORCH_OPTIMIZER = False
+
+
+EVERYWHERE: dict[str, list[Fixup]] = {
+    "megatron.core.optimizer": [_optimizer_adam],
+    "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam],
+}
+CPU_ONLY: dict[str, list[Fixup]] = {
+    "megatron.core.tensor_parallel.random": [_random],
+    "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_types],
+    "megatron.core.optimizer.optimizer": [_float16_optimizer_types],
+    "megatron.core.jit": [_no_jit],
+}
+
+
+def for_device(cpu: bool) -> Fixup:
+    """The function that mends one freshly imported module, for a machine with or without CUDA."""
+    proxy = cpu_torch.build() if cpu else None
+
+    def fix(module: ModuleType) -> None:
+        if proxy is not None and getattr(module, "torch", None) is torch:
+            module.torch = proxy  # type: ignore[attr-defined]
+        for change in EVERYWHERE.get(module.__name__, []):
+            change(module)
+        for change in CPU_ONLY.get(module.__name__, []) if cpu else []:
+            change(module)
+
+    return fix
