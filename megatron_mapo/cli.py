@@ -1,0 +1,246 @@
+"""The command line: ``megatron-mapo COMMAND``.
+
+torch and megatron are imported by the commands that need them, so that ``--help`` and mistakes in a
+configuration answer at once. A ``MapoError`` is one line on standard error and the exit code of its class;
+anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mapo import __version__
+from megatron_mapo.errors import CheckpointError, ConfigError, MapoError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return arguments.run(arguments)
+    except MapoError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------- parse
+
+
+class _HelpWithOptions(argparse.Action):
+    """``--help`` that goes on with the table of all options."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help="show this text and all options")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.print_help()
+        print("\noptions (section.key=value):\n")
+        _print_options(None)
+        parser.exit()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    # Overrides and flags may come in any order, which argparse does not take in subcommands.
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [text for text in rest if text.startswith("-") or "overrides" not in arguments]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-mapo",
+        description="Reinforcement learning from verifiable rewards with Megatron-core and SGLang.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-mapo {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    launch = commands.add_parser("launch", help="start servers and trainers together")
+    where = launch.add_subparsers(metavar="WHERE", required=True)
+    local = _run_parser(where, "local", "servers and trainers on this machine", _launch_local)
+    local.add_argument("--nproc", type=_positive, metavar="N", help="trainer processes (default: one a GPU)")
+    _dry_run(local)
+
+    train = _run_parser(commands, "train", "train in this process (or: torchrun -m megatron_mapo.train)", _train)
+    _dry_run(train)
+
+    _run_parser(commands, "serve", "start the generation servers and stay with them", _serve)
+
+    export = _command(commands, "export", "write a Hugging Face folder from a checkpoint", _export)
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
+    export.add_argument("--step", type=_positive, metavar="N", help="checkpoint to take (default: the last)")
+
+    inspect = _command(commands, "inspect", "show a run: configuration, checkpoints, last metrics", _inspect)
+    inspect.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+
+    plot = _command(commands, "plot", "draw a run's curves", _plot)
+    plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+
+    options = _command(commands, "options", "list all options of a configuration", _options)
+    options.add_argument("section", nargs="?", help="only this section, such as actor or actor.optim")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Any, **settings: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **settings)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _run_parser(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    """A command that takes a configuration."""
+    parser = _command(commands, name, text, run, add_help=False)
+    parser.add_argument("-h", "--help", action=_HelpWithOptions)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the file's")
+    return parser
+
+
+def _dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; start nothing")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    file = [] if arguments.config is None else ["--config", arguments.config]
+    argv = [*file, *arguments.overrides]
+    if arguments.dry_run:
+        parallel = config.actor.parallel
+        ranks = int(os.environ.get("WORLD_SIZE", parallel.tensor * parallel.pipeline * parallel.context))
+        return _print_plan(config, ranks, ["python", "-m", "megatron_mapo.train", *argv])
+    from megatron_mapo import train
+
+    return train.main(argv)
+
+
+def _launch_local(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_mapo.launch import local
+    from megatron_mapo.launch.processes import Stopped, stop_signals
+
+    processes = arguments.nproc or local.default_processes(config)
+    if arguments.dry_run:
+        command = local.trainer_command(arguments.config, arguments.overrides)
+        return _print_plan(config, processes, command)
+    try:
+        with stop_signals():
+            return local.launch(arguments.config, arguments.overrides, config, processes)
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return stopped.exit_code
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_mapo.launch.processes import Stopped, stop_signals
+    from megatron_mapo.launch.serve import serve
+
+    try:
+        with stop_signals():
+            serve(config)
+    except Stopped:
+        print("servers ended", file=sys.stderr)
+        return 0  # a signal is the way to end this command
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not (arguments.run_dir / "checkpoints").is_dir():
+        raise CheckpointError(f"{arguments.run_dir} has no checkpoints; it must be the folder of a run")
+    if arguments.out.exists():
+        raise ConfigError(f"{arguments.out} exists; name a folder that does not")
+    from megatron_mapo.megatron.export import export_run
+
+    print(export_run(arguments.run_dir, arguments.out, arguments.step))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_mapo.launch.run_folder import read_run
+
+    summary = read_run(arguments.run_dir)
+    console = Console(highlight=False)
+    print(summary.config)
+    print(f"last step: {'none yet' if summary.step is None else summary.step}")
+    for saved in summary.checkpoints:
+        print(f"checkpoint: step {saved.step}, {saved.size / 2**20:,.1f} MiB, {saved.path}")
+    if not summary.checkpoints:
+        print("checkpoints: none")
+    table = Table("metric", "last value", "step", box=None, pad_edge=False)
+    for name, (value, step) in [*sorted(summary.metrics.items()), *sorted(summary.evaluation.items())]:
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value), str(step))
+    console.print(table)
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.tracking.plots import plot_run
+
+    print(plot_run(arguments.run_dir))
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> int:
+    _print_options(arguments.section)
+    return 0
+
+
+def _print_options(section: str | None) -> None:
+    from rich.console import Console
+
+    from megatron_mapo.config import options_tables
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for table in options_tables(section):
+        console.print(table)
+        console.print()
+
+
+def _print_plan(config: Any, processes: int, command: list[str]) -> int:
+    from rich.console import Console
+
+    from megatron_mapo.launch.plan import make_plan, plan_table
+
+    width = None if sys.stdout.isatty() else 160
+    Console(highlight=False, width=width).print(plan_table(make_plan(config, processes, command)))
+    return 0

@@ -1,0 +1,896 @@
+"""All options: one typed dataclass per section, a docstring under every field.
+
+A run is one YAML file plus ``section.key=value`` overrides. The dataclasses are the schema
+(OmegaConf structured configs): an unknown key, a wrong type or a value out of range is a
+``ConfigError`` that names the key. ``megatron-mapo train --help`` prints this file as a table.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import math
+import re
+import textwrap
+import typing
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_mapo.errors import ConfigError
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class AggregationMode(StrEnum):
+    native = "native"
+    mix = "mix"
+    mean_only = "mean_only"
+    center = "center"  # type: ignore[assignment]  # hides str.center, which nobody calls here
+    rloo = "rloo"
+    gpg = "gpg"
+    treerpo = "treerpo"
+
+
+class Std(StrEnum):
+    population = "population"
+    unbiased = "unbiased"
+
+
+class LossAggregation(StrEnum):
+    token = "token"
+    sequence = "sequence"
+    constant = "constant"
+
+
+class KLEstimator(StrEnum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class OldLogprobs(StrEnum):
+    recompute = "recompute"
+    rollout = "rollout"
+
+
+class SyncMode(StrEnum):
+    distributed = "distributed"
+    disk = "disk"
+
+
+class Resume(StrEnum):
+    auto = "auto"
+    never = "never"
+
+
+class LRSchedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class OnFailure(StrEnum):
+    error = "error"
+    wrong = "wrong"
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how it is seeded."""
+
+    name: str = "run"
+    """Name of the run; its folder is `output_dir/name`. Letters, digits, `.`, `_`, `-` only."""
+    output_dir: str = "runs"
+    """Folder that holds the runs."""
+    seed: int = 0
+    """Seed of data order, sampling and initialisation."""
+    resume: Resume = Resume.auto
+    """`auto` goes on from the last complete checkpoint of this run; `never` demands an empty folder."""
+
+
+@dataclass
+class ModelConfig:
+    """The policy's starting point."""
+
+    path: str = "???"
+    """Hugging Face model folder (config.json, *.safetensors, tokenizer), or `quickstart:smollm2` (see docs)."""
+    dtype: Dtype = Dtype.bfloat16
+    """Type of weights and activations (master weights are float32); `auto`: bfloat16 where the hardware has it."""
+
+
+@dataclass
+class ParallelConfig:
+    """How one model replica is cut over ranks. Data parallelism is what remains."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    sequence: bool = False
+    """Sequence parallelism: activations outside the matrix products are cut over the tensor group."""
+    pipeline: int = 1
+    """Pipeline-parallel size (1F1B schedule)."""
+    context: int = 1
+    """Context-parallel size: the tokens of a microbatch are striped over this many ranks."""
+    expert: int = 1
+    """Expert-parallel size (mixture-of-experts models only)."""
+
+
+@dataclass
+class AdvNormConfig:
+    """Advantages within a group of responses to one prompt."""
+
+    aggregation_mode: AggregationMode = AggregationMode.mix
+    """`mix` is MAPO, `native` is GRPO's z-score; `mean_only`, `center` (Dr. GRPO), `rloo`, `gpg`, `treerpo`."""
+    std: Std = Std.population
+    """Standard deviation of a group: `population` (the paper) or `unbiased` (verl, TRL, the authors' code)."""
+    eps: float = 1e-6
+    """Added to the standard deviation."""
+    success_threshold: float | None = None
+    """Success is `reward >= success_threshold`. Unset: a group's rewards must take at most two values."""
+
+
+@dataclass
+class LossConfig:
+    """Clipped policy-gradient loss, and the KL term to the reference model."""
+
+    clip_low: float = 0.2
+    """Lower clip: the ratio's floor is `1 - clip_low`."""
+    clip_high: float = 0.2
+    """Upper clip: the ratio's ceiling is `1 + clip_high`."""
+    aggregation: LossAggregation = LossAggregation.token
+    """Weight of a token: `token` 1/all response tokens, `sequence` 1/(N*len), `constant` 1/(N*max_response_tokens)."""
+    kl_coef: float = 0.0
+    """Coefficient of the KL term to the reference model. At 0 no reference model is built."""
+    kl_estimator: KLEstimator = KLEstimator.k3
+    """Per-token KL estimator."""
+    entropy_coef: float = 0.0
+    """Coefficient of the entropy bonus."""
+    old_logprobs: OldLogprobs = OldLogprobs.recompute
+    """Old log-probs from the trainer before the update (`recompute`), or as the server reported them (`rollout`)."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with float32 master weights."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: LRSchedule = LRSchedule.constant
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm."""
+    distributed: bool = True
+    """Shard optimizer states over data-parallel ranks (Megatron's distributed optimizer)."""
+    overlap_grad_reduce: bool = False
+    """Overlap gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the parameter all-gather with the next forward pass."""
+
+
+@dataclass
+class ActorConfig:
+    """The model in training."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallel layout."""
+    adv_norm: AdvNormConfig = field(default_factory=AdvNormConfig)
+    """Advantage estimator."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    mini_batches: int = 1
+    """Optimizer updates per pass over a rollout batch; the batch is cut by groups."""
+    epochs: int = 1
+    """Passes over a rollout batch."""
+    microbatch_tokens: int = 8192
+    """Most tokens that one forward/backward pass packs together."""
+    share_prompts: bool = True
+    """Compute a prompt once for its whole group. Same loss and gradient; off packs every sequence on its own."""
+    skip_zero_advantage: bool = True
+    """Leave groups with all-zero advantages out of the update where that is exact (no KL, no entropy bonus)."""
+    recompute: bool = False
+    """Recompute activations in the backward pass (full, one layer at a time)."""
+    logprob_chunk: int = 256
+    """Tokens whose logits exist at one time."""
+
+
+@dataclass
+class ServerConfig:
+    """SGLang servers that `megatron-mapo serve` and `megatron-mapo launch local` start."""
+
+    count: int = 1
+    """Number of servers; server i listens on `port + i`."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback exposes the server to the network."""
+    port: int = 30000
+    """Port of the first server; 0 picks free ports (`launch local` only)."""
+    tensor: int = 1
+    """Tensor-parallel size of one server (CUDA)."""
+    threads: int = 0
+    """CPU threads of one server; 0 means all cores."""
+    max_total_tokens: int = 32768
+    """Size of the KV cache in tokens (CPU); on CUDA `mem_fraction` decides."""
+    max_running_requests: int = 64
+    """Requests decoded together."""
+    mem_fraction: float = 0.8
+    """Fraction of GPU memory for weights and KV cache (CUDA)."""
+    startup_timeout: float = 300.0
+    """Seconds until a server must answer."""
+    extra_args: list[str] = field(default_factory=list)
+    """Further arguments of `sglang.launch_server`, as given."""
+
+
+@dataclass
+class SyncConfig:
+    """How new weights reach the servers."""
+
+    mode: SyncMode = SyncMode.distributed
+    """`distributed`: broadcast (gloo on CPU, NCCL on CUDA); `disk`: safetensors in a shared folder."""
+    verify: bool = True
+    """Compare a checksum of the servers' weights with the trainer's after every update."""
+    bucket_mb: int = 256
+    """Weights are sent in buckets of at most this many MiB."""
+    timeout: float = 300.0
+    """Seconds for any one request or collective of an update."""
+    disk_dir: str | None = None
+    """Folder for `disk` mode that trainers and servers both see; unset: inside the run folder."""
+
+
+@dataclass
+class RolloutConfig:
+    """Generation."""
+
+    urls: list[str] = field(default_factory=list)
+    """Servers to use, as `http://host:port`. Empty: those of `rollout.server`."""
+    api_key_file: str | None = None
+    """File with the servers' API key; unset: the environment's MAPO_API_KEY, else no key."""
+    prompts_per_step: int = 8
+    """Prompts (groups) per training step."""
+    responses_per_prompt: int = 8
+    """Responses per prompt (group size G)."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are an error that names the row."""
+    max_response_tokens: int = 1024
+    """Longest response; longer ones are cut and marked as truncated."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are of the tempered distribution on both sides."""
+    concurrency: int = 64
+    """Groups in flight at one time."""
+    timeout: float = 600.0
+    """Seconds for one request, generation included."""
+    retries: int = 3
+    """Further tries of a failed request, on another server where there is one."""
+    max_logprob_diff: float | None = None
+    """Stop when the mean |server - trainer| log-prob difference of a step is above this; unset: only report."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Servers to start."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """Weight sync."""
+
+
+@dataclass
+class RewardConfig:
+    """The verifier."""
+
+    name: str = "math"
+    """Registered verifier (`math`, `gsm8k`, `exact`, `reasoning_gym`) or an import path `package.module:function`."""
+    timeout: float = 10.0
+    """Seconds for one response; it runs in another process that is ended when it takes longer."""
+    workers: int = 1
+    """Verifier processes."""
+    memory_mb: int = 2048
+    """Most MiB of address space one verifier process may take; 0: no limit."""
+    on_failure: OnFailure = OnFailure.error
+    """A verifier that raises, hangs or returns NaN stops the run (`error`), or counts as a wrong answer (`wrong`)."""
+    correct: float = 1.0
+    """Reward of a right answer."""
+    wrong: float = 0.0
+    """Reward of a wrong answer."""
+    overlong_penalty: float = 0.0
+    """Subtracted from truncated responses. Must be 0 with `actor.adv_norm.aggregation_mode=mix`."""
+
+
+@dataclass
+class DataConfig:
+    """Prompts."""
+
+    train: str = "???"
+    """A .jsonl/.json/.parquet file, a Hugging Face dataset `name[:config]`, or `reasoning_gym:task`."""
+    train_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    eval: str | None = None
+    """Held-out prompts, in the same forms; unset: no evaluation."""
+    eval_split: str = "test"
+    """Split of a Hugging Face dataset."""
+    eval_limit: int | None = None
+    """Use only the first this many held-out prompts."""
+    prompt_key: str = "question"
+    """Column with the question."""
+    answer_key: str = "answer"
+    """Column with the reference answer."""
+    template: str = "{question}"
+    """User message made of a row's question."""
+    system: str | None = None
+    """System message; unset: none is sent (a chat template may add its own)."""
+    shuffle: bool = True
+    """New order every epoch, from `run.seed`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of a `reasoning_gym` task; `seed` and `size` are among them. Held-out rows get another seed."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on `data.eval`."""
+
+    interval: int = 0
+    """Evaluate every this many steps; 0: never during training."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+    samples: int = 4
+    """Sampled responses per prompt at `rollout.temperature`, beside one greedy response."""
+
+
+@dataclass
+class TrainerConfig:
+    """The loop."""
+
+    steps: int = 100
+    """Training steps (rollout batches)."""
+    save_interval: int = 0
+    """Checkpoint every this many steps; 0: only after the last step."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are removed."""
+    export: bool = False
+    """Write a Hugging Face folder `export/` into the run folder after the last step."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    collective_timeout: float = 1800.0
+    """Seconds until a collective that not all ranks joined is an error."""
+    threads: int = 0
+    """CPU threads of one rank; 0: all cores shared evenly by the ranks of this machine. Ignored on CUDA."""
+
+
+@dataclass
+class TrackingConfig:
+    """What is written beside `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """TensorBoard event files in the run folder."""
+    plots: bool = True
+    """`curves.png` in the run folder, renewed while training."""
+    samples: int = 8
+    """Sequences per step written to `samples.jsonl`."""
+    progress: bool = True
+    """Live progress on the terminal."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where a run lives."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy's starting point."""
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    """The model in training."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Generation."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The verifier."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The loop."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Metrics, plots, samples."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.run.output_dir) / self.run.name
+
+
+# --------------------------------------------------------------------------- reading a configuration
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's configuration: a YAML file, then ``section.key=value`` overrides.
+
+    A file may name another one that it builds on: ``base: other.yaml`` (relative to the file). Keys of the
+    file win over those of its base. A relative file in ``data.train`` or ``data.eval`` is looked for in the
+    current folder first, then beside the file that names it; when found it becomes absolute.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: ``key=value`` strings, the value in YAML syntax. Later ones win.
+
+    Returns:
+        A validated ``Config`` with enum members, not an OmegaConf object.
+
+    Raises:
+        ConfigError: the file is missing or not a mapping, a key is unknown, a value has the wrong type or
+            is out of range, a mandatory key is missing, or two keys contradict each other.
+    """
+    folder = Path(path).resolve().parent if path is not None else None
+    layers = _read_layers(Path(path), ()) if path is not None else []
+    layers += [(f"override {text!r}", _parse_override(text, folder)) for text in overrides]
+    merged = OmegaConf.structured(Config)
+    for origin, layer in layers:
+        _check_keys(layer, Config, "", origin)
+        merged = _merge(merged, layer, origin)
+    try:
+        OmegaConf.resolve(merged)
+        _check_mandatory(merged)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that ``load_config`` reads back to an equal ``Config``."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """The files of a ``base`` chain as (origin, mapping), the innermost base first."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base` leads back to a file that builds on it")
+    if not path.is_file():
+        where = f"`base` of {seen[-1]} names {path}, which does not exist" if seen else f"no such file: {path}"
+        raise ConfigError(f"configuration: {where}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of sections (run, model, ...), got a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: `base` must be the path of another configuration file, got {base!r}")
+    layer: Any = tree
+    _find_data_files(layer, path.resolve().parent)
+    below = _read_layers(path.parent / base, (*seen, path.resolve())) if base else []
+    return [*below, (str(path), layer)]
+
+
+def _parse_override(text: str, folder: Path | None) -> dict[str, Any]:
+    """``a.b=value`` as ``{"a": {"b": value}}``; the value is YAML."""
+    key, equals, _ = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise ConfigError(f"override {text!r} must have the form section.key=value")
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override of {key}: the value is not valid YAML: {_one_line(error)}") from error
+    _find_data_files(tree, folder)
+    return tree
+
+
+def _find_data_files(tree: dict[str, Any], folder: Path | None) -> None:
+    """Make ``data.train`` and ``data.eval`` absolute where they name an existing file (see ``load_config``)."""
+    data = tree.get("data")
+    if not isinstance(data, dict):
+        return
+    for key in ("train", "eval"):
+        name = data.get(key)
+        if not isinstance(name, str) or Path(name).suffix not in DATA_SUFFIXES:
+            continue
+        found = [c for c in (Path(name), folder / name if folder else Path(name)) if c.is_file()]
+        if found:
+            data[key] = str(found[0].resolve())
+
+
+def _check_keys(tree: Mapping[Any, Any], section: type, prefix: str, origin: str) -> None:
+    """Refuse keys that the schema does not have, and sections that are not mappings."""
+    hints = typing.get_type_hints(section)
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigError(f"{origin}: unknown key {key}{_suggestion(key)}")
+        if not dataclasses.is_dataclass(hints[name]):
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{origin}: {key} is a section, its value must be a mapping of keys, got {value!r}")
+        _check_keys(value, typing.cast(type, hints[name]), f"{key}.", origin)
+
+
+def _suggestion(key: str) -> str:
+    """`` (did you mean ...?)`` for an unknown key: the same last part elsewhere, or a similar spelling."""
+    known = [option.key for option in describe_options()]
+    sections = {known_key.rpartition(".")[0] for known_key in known} - {""}
+    names = known + sorted(sections)
+    same_leaf = [n for n in names if n.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    best = difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0) or close
+    return f" (did you mean {best[0]}?)" if best else ""
+
+
+def _merge(merged: Any, layer: dict[str, Any], origin: str) -> Any:
+    """OmegaConf's merge, with errors that name the key, the value and what is allowed."""
+    try:
+        return OmegaConf.merge(merged, layer)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "")
+        if not key:
+            raise ConfigError(f"{origin}: {_first_line(error)}") from error
+        allowed = {option.key: option.type for option in describe_options()}.get(key)
+        value = _lookup(layer, key)
+        wanted = f" (allowed: {allowed})" if allowed else ""
+        raise ConfigError(f"{origin}: {key} cannot be {value!r}{wanted}: {_first_line(error)}") from error
+
+
+def _lookup(tree: Any, key: str) -> Any:
+    """The value at a dotted key; what stands there if the path ends early."""
+    for part in key.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            break
+        tree = tree[part]
+    return tree
+
+
+def _check_mandatory(merged: Any) -> None:
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        docs = {option.key: option.doc for option in describe_options()}
+        lines = "; ".join(f"{key}: {docs.get(key, '')}" for key in missing)
+        raise ConfigError(f"missing mandatory key{'s' if len(missing) > 1 else ''} {lines}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# ------------------------------------------------------------------------------------------ validation
+
+_Check = tuple[str, Callable[[Any], bool], str]
+
+# (what a value must be, its test, the keys); unset optional values are not tested. The tests are written so
+# that NaN fails.
+_RANGES: tuple[_Check, ...] = (
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "actor.parallel.tensor actor.parallel.pipeline actor.parallel.context actor.parallel.expert "
+        "actor.mini_batches actor.epochs actor.microbatch_tokens actor.logprob_chunk "
+        "rollout.prompts_per_step rollout.max_prompt_tokens rollout.max_response_tokens rollout.concurrency "
+        "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
+        "rollout.server.max_running_requests rollout.sync.bucket_mb "
+        "reward.workers data.eval_limit trainer.steps trainer.keep_checkpoints",
+    ),
+    (
+        "at least 2, because a group of one response has no advantage",
+        lambda v: v >= 2,
+        "rollout.responses_per_prompt",
+    ),
+    (
+        "0 or more",
+        lambda v: v >= 0,
+        "actor.optim.warmup_steps rollout.retries rollout.server.threads trainer.save_interval "
+        "trainer.evaluation.interval trainer.evaluation.samples trainer.threads tracking.samples "
+        "reward.memory_mb",
+    ),
+    (
+        "0 or more and finite",
+        lambda v: 0 <= v < math.inf,
+        "actor.adv_norm.eps actor.loss.clip_high actor.loss.kl_coef actor.loss.entropy_coef actor.optim.eps "
+        "actor.optim.weight_decay reward.overlong_penalty rollout.max_logprob_diff",
+    ),
+    (
+        "greater than 0 and finite",
+        lambda v: 0 < v < math.inf,
+        "actor.optim.lr actor.optim.clip_grad rollout.temperature rollout.timeout rollout.server.startup_timeout "
+        "rollout.sync.timeout reward.timeout trainer.collective_timeout",
+    ),
+    ("finite", math.isfinite, "actor.adv_norm.success_threshold reward.correct reward.wrong"),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, "actor.loss.clip_low"),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "actor.optim.beta1 actor.optim.beta2"),
+    ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "rollout.server.mem_fraction"),
+    ("from 0 to 65535", lambda v: 0 <= v <= 65535, "rollout.server.port"),
+    ("from 0 to 4294967295", lambda v: 0 <= v < 2**32, "run.seed"),
+    (
+        "letters, digits, `.`, `_`, `-`, beginning with a letter or a digit",
+        lambda v: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", v) is not None,
+        "run.name",
+    ),
+    ("text that contains {question}", lambda v: "{question}" in v, "data.template"),
+    (
+        "a list of strings",
+        lambda v: all(isinstance(item, str) for item in v),
+        "rollout.urls rollout.server.extra_args",
+    ),
+    (
+        "not empty",
+        lambda v: v.strip() != "",
+        "run.output_dir model.path data.train data.eval data.prompt_key data.answer_key reward.name "
+        "rollout.server.host rollout.api_key_file rollout.sync.disk_dir",
+    ),
+)
+
+
+def validate(config: Config) -> None:
+    """Check ranges, and keys that contradict each other.
+
+    Raises:
+        ConfigError: names the key, its value and what is allowed.
+    """
+    for text, holds, keys in _RANGES:
+        for key in keys.split():
+            value = get_option(config, key)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{key} must be {text}, got {value!r}")
+    _validate_advantages(config)
+    _validate_actor(config)
+    _validate_rollout(config)
+    _validate_data(config)
+
+
+def get_option(config: Config, key: str) -> Any:
+    """The value at a dotted key such as ``actor.optim.lr``."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+# Registered verifiers whose score is right or wrong, nothing between. A verifier given by an import path is
+# checked at run time, where its rewards are seen.
+BINARY_VERIFIERS = frozenset({"math", "gsm8k", "exact"})
+PARTIAL_VERIFIERS = frozenset({"reasoning_gym"})
+
+
+def _validate_advantages(config: Config) -> None:
+    """MAPO's mixed advantage is defined for right/wrong rewards (arXiv 2509.18849, eq. 6)."""
+    reward, adv = config.reward, config.actor.adv_norm
+    _require(
+        reward.correct > reward.wrong,
+        f"reward.correct must be greater than reward.wrong, got {reward.correct} and {reward.wrong}",
+    )
+    threshold = adv.success_threshold
+    if threshold is not None and reward.name in BINARY_VERIFIERS | PARTIAL_VERIFIERS:
+        _require(
+            reward.wrong < threshold <= reward.correct,
+            f"actor.adv_norm.success_threshold must lie above reward.wrong ({reward.wrong}) and not above "
+            f"reward.correct ({reward.correct}), got {threshold}",
+        )
+    if adv.aggregation_mode is not AggregationMode.mix:
+        return
+    _require(
+        reward.overlong_penalty == 0,
+        f"reward.overlong_penalty must be 0 with actor.adv_norm.aggregation_mode=mix, got {reward.overlong_penalty}: "
+        "MAPO needs rewards that are right or wrong; choose aggregation_mode=native, or drop the penalty",
+    )
+    _require(
+        reward.name not in PARTIAL_VERIFIERS or threshold is not None,
+        f"reward.name={reward.name} gives partial scores, and actor.adv_norm.aggregation_mode=mix needs right or "
+        f"wrong: set actor.adv_norm.success_threshold (for example {reward.correct})",
+    )
+    _require(
+        threshold is None or reward.wrong >= 0,
+        f"reward.wrong must be 0 or more with actor.adv_norm.success_threshold and aggregation_mode=mix, "
+        f"which divide by a group's mean reward; got {reward.wrong}",
+    )
+
+
+def _validate_actor(config: Config) -> None:
+    actor, rollout = config.actor, config.rollout
+    _require(
+        not actor.parallel.sequence or actor.parallel.tensor > 1,
+        "actor.parallel.sequence=true needs actor.parallel.tensor greater than 1",
+    )
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    _require(
+        longest <= actor.microbatch_tokens,
+        f"actor.microbatch_tokens ({actor.microbatch_tokens}) cannot hold one sequence of rollout.max_prompt_tokens "
+        f"+ rollout.max_response_tokens = {longest} tokens",
+    )
+    _require(
+        actor.mini_batches <= rollout.prompts_per_step,
+        f"actor.mini_batches ({actor.mini_batches}) must not exceed rollout.prompts_per_step "
+        f"({rollout.prompts_per_step}): a batch is cut by groups",
+    )
+    optim = actor.optim
+    _require(
+        not optim.overlap_param_gather or (optim.distributed and optim.overlap_grad_reduce),
+        "actor.optim.overlap_param_gather=true needs actor.optim.distributed=true and "
+        "actor.optim.overlap_grad_reduce=true",
+    )
+    updates = config.trainer.steps * actor.mini_batches * actor.epochs
+    _require(
+        optim.warmup_steps < updates,
+        f"actor.optim.warmup_steps ({optim.warmup_steps}) must be below the run's {updates} optimizer steps "
+        "(trainer.steps * actor.mini_batches * actor.epochs)",
+    )
+
+
+def _validate_rollout(config: Config) -> None:
+    rollout = config.rollout
+    for url in rollout.urls:
+        parts = urllib.parse.urlsplit(url)
+        _require(
+            parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
+            f"rollout.urls must hold addresses such as http://host:30000, got {url!r}",
+        )
+    trimmed = [url.rstrip("/") for url in rollout.urls]
+    _require(len(set(trimmed)) == len(trimmed), f"rollout.urls names a server twice: {', '.join(trimmed)}")
+    server = rollout.server
+    _require(
+        server.port == 0 or server.port + server.count - 1 <= 65535,
+        f"rollout.server.port ({server.port}) + rollout.server.count ({server.count}) goes beyond port 65535",
+    )
+    _require(
+        rollout.sync.disk_dir is None or rollout.sync.mode is SyncMode.disk,
+        f"rollout.sync.disk_dir is set but rollout.sync.mode={rollout.sync.mode.value} does not use it",
+    )
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    _require(
+        config.trainer.evaluation.interval == 0 or data.eval is not None,
+        "trainer.evaluation.interval is set but there is nothing to evaluate on: set data.eval",
+    )
+    procedural = [s for s in (data.train, data.eval) if s is not None and s.startswith("reasoning_gym:")]
+    _require(
+        not data.options or bool(procedural),
+        "data.options is only for `reasoning_gym:task` sources, and neither data.train nor data.eval is one",
+    )
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Data-parallel size that remains of ``world_size`` ranks.
+
+    Raises:
+        ConfigError: the layout does not divide the number of ranks.
+    """
+    parallel = config.actor.parallel
+    model = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model != 0:
+        raise ConfigError(
+            f"actor.parallel.tensor * actor.parallel.pipeline * actor.parallel.context = {parallel.tensor} * "
+            f"{parallel.pipeline} * {parallel.context} = {model} does not divide the {world_size} ranks"
+        )
+    data = world_size // model
+    if (data * parallel.context) % parallel.expert != 0:
+        raise ConfigError(
+            f"actor.parallel.expert ({parallel.expert}) does not divide data * context parallel size "
+            f"= {data} * {parallel.context} of the {world_size} ranks"
+        )
+    return data
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+class Option(typing.NamedTuple):
+    """One key as ``--help`` shows it."""
+
+    key: str
+    type: str
+    default: str
+    doc: str
+
+
+def describe_options(section: type = Config, prefix: str = "") -> list[Option]:
+    """All keys with type (an enum: its values), default and the docstring under the field, in file order."""
+    hints, docs, options = typing.get_type_hints(section), _field_docs(section), []
+    for item in dataclasses.fields(section):
+        key, hint = f"{prefix}{item.name}", hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            options += describe_options(typing.cast(type, hint), f"{key}.")
+        else:
+            options.append(Option(key, _type_text(hint), _default_text(item), docs[item.name]))
+    return options
+
+
+def options_tables(section: str | None = None) -> list[Table]:
+    """``describe_options`` as one rich table per section, with the section's docstring as the title.
+
+    Args:
+        section: only sections at or below this dotted name, such as ``actor`` or ``actor.optim``.
+
+    Raises:
+        ConfigError: there is no such section.
+    """
+    grouped: dict[str, list[Option]] = {}
+    for option in describe_options():
+        grouped.setdefault(option.key.rpartition(".")[0], []).append(option)
+    names = [n for n in grouped if section is None or n == section or n.startswith(f"{section}.")]
+    if not names:
+        raise ConfigError(f"there is no section {section}; sections: {', '.join(grouped)}")
+    tables = []
+    for name in names:
+        table = Table(title=f"[bold]{name}[/]  {_section_doc(name)}", title_justify="left", expand=True, box=None)
+        table.add_column("key", style="cyan", width=22, overflow="fold")
+        table.add_column("type", style="green", width=22, overflow="fold")
+        table.add_column("default", width=12, overflow="fold")
+        table.add_column("")
+        for option in grouped[name]:
+            table.add_row(*(escape(text) for text in (option.key.rpartition(".")[2], *option[1:])))
+        tables.append(table)
+    return tables
+
+
+def _section_doc(name: str) -> str:
+    section: type = Config
+    for part in name.split("."):
+        section = typing.get_type_hints(section)[part]
+    return escape(inspect.cleandoc(section.__doc__ or "").split("\n", 1)[0])
+
+
+@functools.cache
+def _field_docs(section: type) -> dict[str, str]:
+    """The string under every field of a dataclass; read from the source, Python does not keep it."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for statement, below in itertools.pairwise(definition.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = below.value if isinstance(below, ast.Expr) else None
+            value = text.value if isinstance(text, ast.Constant) else ""
+            docs[statement.target.id] = inspect.cleandoc(value) if isinstance(value, str) else ""
+    return docs
+
+
+def _type_text(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " | ".join(member.value for member in hint)
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("None", "null")
+
+
+def _default_text(item: dataclasses.Field[Any]) -> str:
+    missing = item.default_factory is dataclasses.MISSING
+    value = item.default if missing else typing.cast(Callable[[], Any], item.default_factory)()
+    if value == "???":
+        return "(required)"
+    if isinstance(value, Enum):
+        return str(value.value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

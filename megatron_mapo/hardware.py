@@ -1,0 +1,25 @@
+"""What this machine computes fast. No megatron, no servers: the launcher asks before it starts either."""
+
+from __future__ import annotations
+
+from megatron_mapo.config import Config, Dtype
+
+
+def native_dtype() -> Dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32.
+
+    CUDA devices do. Processors need AVX-512: without it torch's bfloat16 matrix products are many
+    times slower than float32's.
+    """
+    import torch
+
+    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Dtype.bfloat16 if fast else Dtype.float32
+
+
+def settle_dtype(config: Config) -> Config:
+    """Replace ``model.dtype: auto`` in ``config`` by what this machine computes fast, and say so."""
+    if config.model.dtype is Dtype.auto:
+        config.model.dtype = native_dtype()
+        print(f"model.dtype: auto is {config.model.dtype.value} on this machine", flush=True)
+    return config

@@ -1,0 +1,36 @@
+"""``megatron-mapo serve``: the servers of a configuration, in the foreground."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import NoReturn
+
+from rich.console import Console
+
+from megatron_mapo.config import Config
+from megatron_mapo.launch.local import start_servers
+from megatron_mapo.launch.processes import POLL_SECONDS
+from megatron_mapo.quickstart import resolve_model_path
+from megatron_mapo.rollout.client import read_api_key
+
+
+def serve(config: Config) -> NoReturn:
+    """Start ``rollout.server.count`` servers and watch them, until an exception (a signal, say) ends it.
+
+    Raises:
+        MapoError: the model or the API key cannot be used, or a server did not come up or ended.
+    """
+    console = Console(stderr=True)
+    with console.status("looking for the model"):
+        model_path = str(resolve_model_path(config.model.path).absolute())
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path))
+    servers = start_servers(config, read_api_key(config.rollout.api_key_file), console)
+    try:
+        print(f"rollout.urls=[{','.join(servers.urls)}]", flush=True)
+        console.print("serving; Ctrl-C ends it")
+        while True:
+            servers.check()
+            time.sleep(POLL_SECONDS)
+    finally:
+        servers.stop()

@@ -1,0 +1,10 @@
+"""Verifier ``exact``: the response is the reference answer, letter by letter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def verify(response: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Equal after white space at both ends is removed."""
+    return response.strip() == answer.strip()

@@ -1,0 +1,243 @@
+"""From prompts to a scored ``SequenceBatch``: groups, concurrency, seeds, staleness."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import struct
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_mapo.config import RolloutConfig
+from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.errors import DataError, MapoError, RewardError, RolloutError
+from megatron_mapo.rollout.client import Response, RolloutClient, Sampling
+
+T = TypeVar("T")
+
+
+class PromptLike(Protocol):
+    """What the sampler reads of a prompt; a ``data.prompts.Prompt`` has more, for the verifier."""
+
+    @property
+    def id(self) -> int:
+        """Row in the data."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens to send to the server."""
+
+
+Score = Callable[[Any, list[list[int]]], Awaitable[list[float]]]
+"""``score(prompt, responses' token ids)`` gives one reward a response."""
+
+
+@dataclass
+class Evaluation:
+    """Rewards of held-out prompts.
+
+    Attributes:
+        greedy_rewards: float32 ``[P]``, of the one greedy response to each prompt.
+        sampled_rewards: float32 ``[P, K]``, of K sampled responses to each.
+        greedy_lens: int64 ``[P]``, response tokens.
+        sampled_lens: int64 ``[P, K]``.
+        greedy_truncated: bool ``[P]``, the response hit the length limit.
+        sampled_truncated: bool ``[P, K]``.
+    """
+
+    greedy_rewards: Tensor
+    sampled_rewards: Tensor
+    greedy_lens: Tensor
+    sampled_lens: Tensor
+    greedy_truncated: Tensor
+    sampled_truncated: Tensor
+
+
+@dataclass(frozen=True)
+class _Group:
+    responses: list[Response]
+    rewards: list[float]
+
+
+def sample_seed(seed: int, position: int, index: int) -> int:
+    """Seed of sample ``index`` of the prompt at ``position``: 63 bits that differ for all triples."""
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, position, index), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _check_prompts(prompts: Sequence[PromptLike], limit: int) -> None:
+    if not prompts:
+        raise DataError("the sampler was given no prompts")
+    for prompt in prompts:
+        if not 0 < len(prompt.token_ids) <= limit:
+            raise DataError(
+                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens; "
+                f"it needs 1 to rollout.max_prompt_tokens={limit}"
+            )
+
+
+class Sampler:
+    """Samples and scores groups of responses. Synchronous outside; one event loop of its own inside.
+
+    Args:
+        client: the servers; the sampler closes it.
+        config: section ``rollout``.
+        score: the verifier.
+        stop_token_ids: ids that end a response.
+        max_staleness: how many versions older than asked for a token's weights may be.
+        watch: raises when a server that this process started has ended (``ServerGroup.check``), so that
+            a failed request is reported with that server's log.
+        progress: called with finished and total groups.
+    """
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        config: RolloutConfig,
+        score: Score,
+        stop_token_ids: Sequence[int],
+        max_staleness: int = 0,
+        watch: Callable[[], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.max_staleness = max_staleness
+        self._client = client
+        self._score = score
+        self._stop = tuple(stop_token_ids)
+        self._watch = watch or (lambda: None)
+        self._progress = progress or (lambda done, total: None)
+        self._runner = asyncio.Runner()
+
+    def close(self) -> None:
+        """Close the client and the event loop."""
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._runner.run(work)
+        except RolloutError:
+            self._watch()
+            raise
+
+    def sample(self, prompts: Sequence[PromptLike], version: int, seed: int, group_base: int = 0) -> SequenceBatch:
+        """Sample ``responses_per_prompt`` responses to every prompt, and score them as groups arrive.
+
+        Args:
+            prompts: P prompts.
+            version: version that the servers' weights have now.
+            seed: of this batch; the same seed, prompts and weights give the same tokens on servers
+                that honour seeds (see ``RolloutClient.generate``).
+            group_base: group id of the first prompt; the next ones follow.
+
+        Returns:
+            ``P * responses_per_prompt`` sequences, in the order of prompts, then of samples, whatever
+            the order of arrival. ``extra["prompt_id"]`` is int64 ``[N]``.
+
+        Raises:
+            DataError: a prompt is empty or too long.
+            RolloutError: a server failed, or sampled with weights that are too old.
+            RewardError: the verifier failed.
+        """
+        _check_prompts(prompts, self.config.max_prompt_tokens)
+        n = self.config.responses_per_prompt
+        sampling = Sampling(self.config.max_response_tokens, self.config.temperature, self._stop)
+        groups = self._run(self._groups(prompts, n, sampling, seed))
+        responses = [response for group in groups for response in group.responses]
+        batch = SequenceBatch.from_responses(
+            [prompt.token_ids for prompt in prompts for _ in range(n)],
+            [r.token_ids for r in responses],
+            rollout_logprobs=[r.logprobs for r in responses],
+            weight_versions=[r.weight_versions for r in responses],
+            rewards=[reward for group in groups for reward in group.rewards],
+            group_ids=[group_base + i for i in range(len(prompts)) for _ in range(n)],
+            truncated=[r.truncated for r in responses],
+            extra={"prompt_id": torch.tensor([p.id for p in prompts], dtype=torch.int64).repeat_interleave(n)},
+        )
+        self._check_versions(batch.weight_versions, version)
+        return batch
+
+    def evaluate(self, prompts: Sequence[PromptLike], samples: int, seed: int) -> Evaluation:
+        """Score one greedy and ``samples`` sampled responses to every prompt.
+
+        Raises:
+            DataError, RolloutError, RewardError: as ``sample``.
+        """
+        _check_prompts(prompts, self.config.max_prompt_tokens)
+        greedy = Sampling(self.config.max_response_tokens, 0.0, self._stop, logprobs=False)
+        sampled = Sampling(self.config.max_response_tokens, self.config.temperature, self._stop, logprobs=False)
+        single = self._columns(self._run(self._groups(prompts, 1, greedy, seed)), 1)
+        several = (
+            self._columns(self._run(self._groups(prompts, samples, sampled, seed)), samples)
+            if samples
+            else tuple(column[:, :0] for column in single)
+        )
+        return Evaluation(
+            greedy_rewards=single[0][:, 0],
+            sampled_rewards=several[0],
+            greedy_lens=single[1][:, 0],
+            sampled_lens=several[1],
+            greedy_truncated=single[2][:, 0],
+            sampled_truncated=several[2],
+        )
+
+    @staticmethod
+    def _columns(groups: list[_Group], n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rewards, response lengths and truncation flags, each ``[P, n]``."""
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+        lens = torch.tensor([[len(r.token_ids) for r in group.responses] for group in groups], dtype=torch.int64)
+        truncated = torch.tensor([[r.truncated for r in group.responses] for group in groups], dtype=torch.bool)
+        return rewards.view(-1, n), lens.view(-1, n), truncated.view(-1, n)
+
+    def _check_versions(self, versions: Tensor, version: int) -> None:
+        oldest, newest = int(versions.min()), int(versions.max())
+        if oldest < version - self.max_staleness or newest > version:
+            raise RolloutError(
+                f"responses were sampled with weight versions {oldest} to {newest}, but the trainer is at {version}: "
+                "does something else update these servers, or was one restarted (rollout.urls)?"
+            )
+
+    async def _groups(self, prompts: Sequence[PromptLike], n: int, sampling: Sampling, seed: int) -> list[_Group]:
+        """All groups, in the order of ``prompts``. The first failure cancels the rest."""
+        slots = asyncio.Semaphore(self.config.concurrency)
+        done = 0
+
+        async def one(position: int, prompt: PromptLike) -> _Group:
+            nonlocal done
+            seeds = [sample_seed(seed, position, index) for index in range(n)]
+            async with slots:
+                responses = await self._client.generate(prompt.token_ids, n, sampling, seeds)
+            rewards = await self._rewards(prompt, responses)
+            done += 1
+            self._progress(done, len(prompts))
+            return _Group(responses, rewards)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                pending = [tasks.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from failures
+        return [task.result() for task in pending]
+
+    async def _rewards(self, prompt: PromptLike, responses: list[Response]) -> list[float]:
+        rewards = await self._score(prompt, [r.token_ids for r in responses])
+        if len(rewards) != len(responses) or not all(math.isfinite(reward) for reward in rewards):
+            raise RewardError(
+                f"the verifier (reward.name) gave {rewards!r} for the {len(responses)} responses "
+                f"to prompt {prompt.id}; it must give one finite number for each"
+            )
+        return rewards
+
+
+def _first(failures: BaseExceptionGroup) -> BaseException:
+    """The error to show: a user's own mistake rather than one that may follow from it."""
+    flat: list[BaseException] = []
+    for failure in failures.exceptions:
+        flat.append(_first(failure) if isinstance(failure, BaseExceptionGroup) else failure)
+    return next((f for f in flat if isinstance(f, MapoError)), flat[0])

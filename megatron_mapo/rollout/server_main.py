@@ -1,0 +1,157 @@
+"""The process that owns one SGLang server: ``python -m megatron_mapo.rollout.server_main``.
+
+Two processes run this module. The *keeper* reads a launch order from its standard input, starts the
+*server* in a process group of its own, and stays until the server ends or its own standard input is
+closed, which the kernel does when the parent dies, however it dies. Then it kills the server and all
+of its descendants, so that no server outlives the run that started it. If the keeper itself is
+killed, the kernel kills the server (``PR_SET_PDEATHSIG``), and sglang's workers follow the same way.
+
+The order, API key included, travels through pipes: it is on no command line, in no file and in no
+environment. Only the standard library is imported here, so that a keeper stays small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GRACE = 10.0
+"""Seconds between asking a server to end and killing it."""
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Secret(str):
+    """A string that does not show in a ``repr``: sglang logs all of its arguments."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process ids of all descendants of ``pid``, from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+                continue
+            parent = int(stat.rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        queue.extend(new := children.get(queue.pop(), []))
+        found.extend(new)
+    return found
+
+
+def _kill(pids: list[int], sig: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, sig)
+        except ProcessLookupError:
+            continue
+
+
+def _end(server: subprocess.Popen) -> None:
+    """End the server and every descendant: SIGTERM to the server, then SIGKILL to whatever is left.
+
+    The keeper is a subreaper, so that descendants whose parent ended become its children.
+    """
+    if server.poll() is None:
+        server.terminate()
+        deadline = time.monotonic() + GRACE
+        while server.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    while left := _descendants(os.getpid()):
+        _kill(left, signal.SIGKILL)
+        _reap()
+        time.sleep(0.02)
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def keep(order: dict) -> int:
+    """Start the server of ``order`` and stay with it.
+
+    Args:
+        order: ``args`` (arguments of sglang), ``api_key`` (string or null), ``log`` (file to write).
+
+    Returns:
+        The server's exit status; 0 when it was ended because the parent closed the pipe.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes the pipe
+    stop, wake = os.pipe()
+    signal.signal(signal.SIGTERM, lambda *_: os.write(wake, b"x"))
+    with open(order["log"], "ab", buffering=0) as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "megatron_mapo.rollout.server_main", "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+    assert server.stdin is not None
+    server.stdin.write(json.dumps(order).encode())
+    server.stdin.close()
+    gone = os.pidfd_open(server.pid)
+    ready, _, _ = select.select([sys.stdin.fileno(), stop, gone], [], [])
+    _end(server)
+    return 0 if gone not in ready else server.returncode
+
+
+def serve(order: dict) -> None:
+    """Run sglang in this process until it ends."""
+    parent = os.getppid()
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        raise SystemExit("the keeper of this server ended before it started")
+    from megatron_mapo.patches import sglang_cpu
+
+    sglang_cpu.apply_in_server()
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    server_args = prepare_server_args(order["args"])
+    if order["api_key"] is not None:
+        server_args.api_key = Secret(order["api_key"])
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--serve"]:
+        serve(json.loads(sys.stdin.read()))
+        return 0
+    # the parent keeps its end open for as long as it lives, so the order is one line
+    return keep(json.loads(sys.stdin.readline()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

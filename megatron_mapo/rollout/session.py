@@ -1,0 +1,146 @@
+"""All that rank 0 holds to turn prompts into scored sequences: data, servers, verifier, weight sync."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megatron_mapo.config import Config
+from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
+from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.rewards.pool import RewardPool
+from megatron_mapo.rollout.client import RolloutClient, read_api_key
+from megatron_mapo.rollout.sampler import Sampler, sample_seed
+from megatron_mapo.rollout.weight_sync import WeightSync
+
+# Which stream of random numbers a seed is for.
+_TRAIN, _EVAL = 0, 1
+
+
+def server_urls(config: Config) -> list[str]:
+    """Servers to use: ``rollout.urls``, else where ``rollout.server`` would listen."""
+    server = config.rollout.server
+    return config.rollout.urls or [f"http://{server.host}:{server.port + i}" for i in range(server.count)]
+
+
+def stop_token_ids(model_path: Path, eos_token_id: int | None) -> list[int]:
+    """Ids that end a response: those of ``generation_config.json`` and the tokenizer's end of sequence."""
+    ids = {eos_token_id}
+    file = model_path / "generation_config.json"
+    if file.is_file():
+        listed = json.loads(file.read_text()).get("eos_token_id")
+        ids |= set(listed) if isinstance(listed, list) else {listed}
+    return sorted(i for i in ids if i is not None)
+
+
+class RolloutSession:
+    """Prompts in, scored sequences out, and new weights to the servers.
+
+    Args:
+        config: the whole configuration.
+        model_path: folder of the model (tokenizer, generation config).
+        device: where the trainer's weights live.
+
+    Attributes:
+        prompts: the training prompts and where they stand.
+    """
+
+    def __init__(self, config: Config, model_path: Path, device: torch.device) -> None:
+        self.config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), trust_remote_code=False)
+        train = self._load(config.data.train, config.data.train_split, "data.train", None)
+        self.prompts = PromptStream(train, config.run.seed, config.data.shuffle)
+        self.held_out: PromptSet | None = None
+        if config.data.eval is not None:
+            self.held_out = self._load(config.data.eval, config.data.eval_split, "data.eval", config.data.eval_limit)
+        self.rewards = RewardPool(config.reward)
+        settings = config.rollout
+        api_key = read_api_key(settings.api_key_file)
+        urls = server_urls(config)
+        # The model's, not the tokenizer's: many models have rows that no text leads to.
+        vocab_size = json.loads((model_path / "config.json").read_text())["vocab_size"]
+        self.sampler = Sampler(
+            RolloutClient(urls, api_key, settings.timeout, settings.retries, vocab_size),
+            settings,
+            self._score,
+            stop_token_ids(model_path, self.tokenizer.eos_token_id),
+        )
+        self.weight_sync = WeightSync(settings.sync, urls, api_key, model_path, config.run_dir, device)
+        self._last_prompts: list[Prompt] = []
+
+    def _load(self, source: str, split: str, key: str, limit: int | None) -> PromptSet:
+        longest = self.config.rollout.max_prompt_tokens
+        return load_prompts(source, split, self.config.data, self.tokenizer, longest, key=key, limit=limit)
+
+    async def _score(self, prompt: Any, responses: list[list[int]]) -> list[float]:
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        n = len(texts)
+        return await self.rewards.score(texts, [prompt.answer] * n, [prompt.metadata] * n)
+
+    def sample(self, version: int) -> SequenceBatch:
+        """The next rollout batch, sampled with weights of ``version``."""
+        self._last_prompts = self.prompts.next(self.config.rollout.prompts_per_step)
+        seed = sample_seed(self.config.run.seed, _TRAIN, version)
+        batch = self.sampler.sample(self._last_prompts, version, seed)
+        penalty = self.config.reward.overlong_penalty
+        return replace(batch, rewards=batch.rewards - penalty * batch.truncated) if penalty else batch
+
+    def evaluate(self, version: int) -> dict[str, float]:
+        """Accuracy on the held-out prompts, greedy and sampled, with the servers' weights as they are."""
+        assert self.held_out is not None
+        samples = self.config.trainer.evaluation.samples
+        seed = sample_seed(self.config.run.seed, _EVAL, version)
+        found = self.sampler.evaluate(self.held_out, samples, seed)
+        result = {
+            "prompts": float(len(self.held_out)),
+            "samples_per_prompt": float(samples),
+            "greedy_accuracy": _accuracy(found.greedy_rewards, self.config),
+            "greedy_length_mean": float(found.greedy_lens.double().mean()),
+        }
+        if samples:
+            result |= {
+                "sampled_accuracy": _accuracy(found.sampled_rewards, self.config),
+                "sampled_length_mean": float(found.sampled_lens.double().mean()),
+                "sampled_truncated": float(found.sampled_truncated.double().mean()),
+            }
+        return result
+
+    def describe(self, batch: SequenceBatch, advantages: Tensor, count: int) -> list[dict[str, Any]]:
+        """Text, reward and advantage of the first ``count`` sequences of the last batch."""
+        n = self.config.rollout.responses_per_prompt
+        starts, ends = (batch.offsets[:-1] + batch.prompt_lens).tolist(), batch.offsets[1:].tolist()
+        return [
+            {
+                "prompt": self._last_prompts[i // n].question,
+                "answer": self._last_prompts[i // n].answer,
+                "response": self.tokenizer.decode(batch.tokens[starts[i] : ends[i]]),
+                "reward": float(batch.rewards[i]),
+                "advantage": float(advantages[i]),
+                "group": int(batch.group_ids[i]),
+                "truncated": bool(batch.truncated[i]),
+            }
+            for i in range(min(count, len(batch)))
+        ]
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Send ``weights`` to all servers as ``version``, and check that they arrived."""
+        self.weight_sync.update(weights, version)
+
+    def close(self) -> None:
+        """Close connections and verifier processes."""
+        self.weight_sync.close()
+        self.sampler.close()
+        self.rewards.close()
+
+
+def _accuracy(rewards: Tensor, config: Config) -> float:
+    """Share of right answers."""
+    threshold = config.actor.adv_norm.success_threshold
+    return float((rewards >= (config.reward.correct if threshold is None else threshold)).double().mean())

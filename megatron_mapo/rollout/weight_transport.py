@@ -1,0 +1,344 @@
+"""How weights travel to the servers: broadcast in buckets, or files in a shared folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
+
+from megatron_mapo.errors import RolloutError, WeightSyncError
+from megatron_mapo.rollout.client import RolloutClient
+from megatron_mapo.rollout.server import is_loopback
+
+CLEANUP_SECONDS = 10.0
+"""Most time that a server gets to answer while a failed update is being cleaned up."""
+
+
+class Transport(Protocol):
+    """Moves one update; every call is for all servers and raises on the first failure."""
+
+    async def begin(self) -> None:
+        """Get ready to ``send``."""
+
+    async def send(self, bucket: Bucket) -> None:
+        """Move one bucket; its memory may be reused afterwards."""
+
+    async def end(self) -> None:
+        """After this the servers hold the new weights."""
+
+    async def reset(self) -> None:
+        """Forget a failed update, so that a next one can begin. Does not raise."""
+
+    async def close(self) -> None:
+        """Release what is held between updates."""
+
+
+class Bucket:
+    """Tensors of one dtype, copied one after another into one flat buffer.
+
+    This is sglang's ``flattened_bucket`` format: the bytes of the tensors without gaps, in the order
+    of their names. One dtype a bucket keeps every tensor aligned.
+
+    Args:
+        limit: bytes; a single larger tensor makes a bucket of its own.
+        device: of the buffer, that of the tensors.
+    """
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.limit = limit
+        self.device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self.tensors: list[tuple[str, Tensor]] = []
+        self.nbytes = 0
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether ``add`` may take ``tensor`` without exceeding the limit."""
+        if not self.tensors:
+            return True
+        return self.tensors[0][1].dtype == tensor.dtype and self.nbytes + tensor.nbytes <= self.limit
+
+    def add(self, name: str, tensor: Tensor) -> Tensor:
+        """Copy a tensor in.
+
+        Returns:
+            The copy: contiguous, and valid until ``clear``.
+        """
+        needed = self.nbytes + tensor.nbytes
+        if needed > len(self._buffer):
+            # only ever for the first tensor of a bucket: the buffer grows to the limit at once
+            self._buffer = torch.empty(max(needed, self.limit), dtype=torch.uint8, device=self.device)
+        copy = self._buffer[self.nbytes : needed].view(tensor.dtype).view(tensor.shape)
+        copy.copy_(tensor.detach())
+        self.tensors.append((name, copy))
+        self.nbytes = needed
+        return copy
+
+    @property
+    def flat(self) -> Tensor:
+        """uint8 ``[nbytes]``, contiguous."""
+        return self._buffer[: self.nbytes]
+
+    def clear(self) -> None:
+        """Forget the tensors, keep the memory."""
+        self.tensors = []
+        self.nbytes = 0
+
+
+def _address_towards(url: str) -> str:
+    """This machine's address as the server at ``url`` sees it."""
+    parts = urlsplit(url)
+    host = parts.hostname or "localhost"
+    if is_loopback(host):
+        return "127.0.0.1"
+    family, kind, *_, address = socket.getaddrinfo(host, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: a datagram socket only looks up the route
+        return probe.getsockname()[0]
+
+
+class BroadcastTransport:
+    """One process group of this process (rank 0) and all workers of all servers; a broadcast a bucket.
+
+    The group has a store of its own and stands apart from the trainer's process groups. The servers
+    join it in ``sglang.srt.utils.init_custom_process_group``; both sides build it with the same
+    function of torch, so that they agree on the keys in the store.
+
+    Args:
+        client: the servers.
+        workers: number of tensor-parallel workers of each server.
+        device: of the tensors: NCCL on CUDA, gloo on CPU.
+        timeout: seconds for one request or collective.
+    """
+
+    def __init__(self, client: RolloutClient, workers: list[int], device: torch.device, timeout: float) -> None:
+        self.client = client
+        self.workers = workers
+        self.device = device
+        self.timeout = timeout
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        self._group: dist.ProcessGroup | None = None
+        self._store: dist.TCPStore | None = None
+        self._name = ""
+
+    async def begin(self) -> None:
+        """Join the group if there is none, and open the servers' update session."""
+        if self._group is None:
+            await self._join()
+        await self.client.on_all("/begin_weight_update", {}, self.timeout)
+
+    async def send(self, bucket: Bucket) -> None:
+        """Broadcast one bucket."""
+        names, shapes = [name for name, _ in bucket.tensors], [list(tensor.shape) for _, tensor in bucket.tensors]
+        body = {
+            "names": names,
+            "shapes": shapes,
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket.tensors],
+            "group_name": self._name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        request = self.client.on_all("/update_weights_from_distributed", body, self.timeout)
+        await self._both(request, lambda: self._broadcast(bucket.flat))
+
+    async def end(self) -> None:
+        """Close the servers' update session."""
+        await self.client.on_all("/end_weight_update", {}, self.timeout)
+
+    async def reset(self) -> None:
+        """Leave the group and close a session that is still open; servers that do not answer are passed over."""
+        await self._leave()
+        await self._try_all("/end_weight_update", {})
+
+    async def close(self) -> None:
+        """Leave the group."""
+        await self._leave()
+
+    async def _join(self) -> None:
+        world = 1 + sum(self.workers)
+        self._name = f"megatron-mapo-{uuid.uuid4().hex[:12]}"
+        limit = timedelta(seconds=self.timeout)
+        self._store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, timeout=limit, wait_for_workers=False)
+        calls, offset = [], 1
+        for url, workers in zip(self.client.urls, self.workers, strict=True):
+            body = {
+                "master_address": _address_towards(url),
+                "master_port": self._store.port,
+                "rank_offset": offset,
+                "world_size": world,
+                "group_name": self._name,
+                "backend": self._backend,
+            }
+            calls.append(self.client.request(url, "/init_weights_update_group", body, timeout=self.timeout))
+            offset += workers
+        await self._both(asyncio.gather(*calls), lambda: self._build(world))
+
+    def _build(self, world: int) -> None:
+        assert self._store is not None
+        group, _ = _new_process_group_helper(
+            world,
+            0,
+            [],
+            Backend(self._backend),
+            PrefixStore(self._name, self._store),
+            group_name=self._name,  # type: ignore[arg-type]
+            timeout=timedelta(seconds=self.timeout),
+        )
+        _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+        self._group = group
+
+    def _broadcast(self, flat: Tensor) -> None:
+        assert self._group is not None
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self._group.broadcast([flat], options).wait()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    async def _both(self, request: Awaitable[object], local: Callable[[], None]) -> None:
+        """Run a request and this process's part of the collective side by side.
+
+        If the request fails, the collective has no partner and is not waited for: ``reset`` breaks it.
+        """
+        task = asyncio.ensure_future(request)
+        thread = asyncio.get_running_loop().run_in_executor(None, local)
+        await asyncio.wait((task, thread), return_when=asyncio.FIRST_EXCEPTION)
+        if task.done() and task.exception() is not None:
+            thread.add_done_callback(lambda future: future.cancelled() or future.exception())
+            task.result()
+        if thread.done() and thread.exception() is not None and not task.done():
+            # the servers may know more than "connection closed by peer"
+            await asyncio.wait((task,), timeout=CLEANUP_SECONDS)
+            if task.done():
+                task.result()
+            task.cancel()
+        await thread
+        await task
+
+    async def _leave(self) -> None:
+        group, self._group = self._group, None
+        if not self._name:
+            return
+        # the servers first: it breaks a collective in which this process still waits
+        await self._try_all("/destroy_weights_update_group", {"group_name": self._name})
+        self._name = ""
+        if group is not None:
+            dist.destroy_process_group(group)
+        self._store = None
+
+    async def _try_all(self, path: str, body: dict) -> None:
+        limit = min(self.timeout, CLEANUP_SECONDS)
+        calls = [self.client.request(url, path, body, timeout=limit) for url in self.client.urls]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, RolloutError):
+                raise answer
+
+
+class DiskTransport:
+    """Safetensors shards in a fresh folder, which the servers load.
+
+    Args:
+        client: the servers.
+        model_path: folder whose configuration and tokenizer files go beside the weights.
+        folder: parent of the fresh folders; the servers must see it under the same path.
+        timeout: seconds for the servers to load.
+    """
+
+    def __init__(self, client: RolloutClient, model_path: str | Path, folder: str | Path, timeout: float) -> None:
+        self.client = client
+        self.model_path = Path(model_path)
+        self.folder = Path(folder)
+        self.timeout = timeout
+        self._target: Path | None = None
+        self._index: dict[str, str] = {}
+        self._bytes = 0
+        self._shards = 0
+
+    async def begin(self) -> None:
+        """Make the folder and copy the model's small files."""
+        self._index, self._bytes, self._shards = {}, 0, 0
+        with self._disk_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._target = Path(tempfile.mkdtemp(prefix="weights-", dir=self.folder))
+            self._target.chmod(0o755)  # the servers may run as another user
+            for file in self.model_path.iterdir():
+                if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in file.name:
+                    shutil.copyfile(file, self._target / file.name)
+
+    async def send(self, bucket: Bucket) -> None:
+        """Write one bucket as one shard."""
+        assert self._target is not None
+        name = f"model-{self._shards:05d}.safetensors"
+        with self._disk_errors():
+            if shutil.disk_usage(self._target).free < bucket.nbytes + 2**20:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            save_file(
+                {key: tensor.cpu() for key, tensor in bucket.tensors}, self._target / name, metadata={"format": "pt"}
+            )
+            _sync(self._target / name)
+        self._index.update(dict.fromkeys((key for key, _ in bucket.tensors), name))
+        self._bytes += bucket.nbytes
+        self._shards += 1
+
+    async def end(self) -> None:
+        """Write the index, let the servers load, and delete older folders."""
+        assert self._target is not None
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._index}
+        with self._disk_errors():
+            path = self._target / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2, sort_keys=True))
+            _sync(path)
+            _sync(self._target)
+        body = {"model_path": str(self._target.absolute()), "flush_cache": False}
+        await self.client.on_all("/update_weights_from_disk", body, self.timeout)
+        self._delete_others(self._target)
+
+    async def reset(self) -> None:
+        """Delete the unfinished folder."""
+        if self._target is not None:
+            shutil.rmtree(self._target, ignore_errors=True)
+        self._target = None
+
+    async def close(self) -> None:
+        """Nothing is held: the last folder stays, since servers that restart load it."""
+
+    def _delete_others(self, keep: Path) -> None:
+        for folder in self.folder.glob("weights-*"):
+            if folder != keep:
+                shutil.rmtree(folder)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            what = "the disk is full" if full else str(error)
+            raise WeightSyncError(f"{self.folder}: {what} (rollout.sync.disk_dir)") from error
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk, so that another machine does not read it half-written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,232 @@
+"""``curves.png``: a run at a glance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_mapo.errors import DataError
+from megatron_mapo.tracking.jsonl import Row, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _GREY = "#2f6fb7", "#e08214", "#2a9d6f", "#c8453b", "#7b5aa6", "#8a8f98"
+_PHASE_COLOURS = {
+    "rollout": _BLUE,
+    "old_logprobs": _PURPLE,
+    "reference": _GREY,
+    "update": _ORANGE,
+    "weight_sync": _GREEN,
+    "other": "#d9dce1",
+}
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b5bac2",
+    "axes.labelcolor": "#4a4f57",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#eceef1",
+    "xtick.color": "#4a4f57",
+    "ytick.color": "#4a4f57",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+_SMOOTH_FROM = 30
+
+
+def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Draw the curves of a run, finished or not.
+
+    Args:
+        run_dir: folder with ``metrics.jsonl`` and, perhaps, ``evaluations.jsonl``.
+        out: picture to write, its ending says the format; None: ``curves.png`` in the run folder. It is
+            replaced in one step, so a viewer never sees half a picture.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        DataError: the run has no metrics, or a damaged file.
+    """
+    # Not pyplot: it keeps global state, and would look for a screen.
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run_dir = Path(run_dir)
+    rows = read_rows(run_dir / "metrics.jsonl")
+    if not rows:
+        raise DataError(f"{run_dir} has no metrics.jsonl with a finished step")
+    evaluations = read_rows(run_dir / "evaluations.jsonl")
+    target = Path(out) if out is not None else run_dir / "curves.png"
+    with rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(15, 6.6), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(2, 4).flat
+        draw: list[Callable[[Axes], None]] = [
+            lambda axes: _draw_reward(axes, rows),
+            lambda axes: _draw_evaluations(axes, evaluations),
+            lambda axes: _draw_lengths(axes, rows),
+            lambda axes: _draw_groups(axes, rows),
+            lambda axes: _draw_lines(axes, rows, "Entropy (nat per token)", [("loss/entropy", "", _PURPLE)]),
+            lambda axes: _draw_mismatch(axes, rows),
+            lambda axes: _draw_lines(axes, rows, "Gradient norm", [("optim/grad_norm", "", _RED)]),
+            lambda axes: _draw_seconds(axes, rows),
+        ]
+        for axes, paint in zip(panels, draw, strict=True):
+            paint(axes)
+            _finish(axes, rows, evaluations)
+        figure.suptitle(f"{run_dir.resolve().name}   step {rows[-1]['step']}", x=0.01, ha="left", fontsize=12)
+        temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
+        figure.savefig(temporary)
+    os.replace(temporary, target)
+    return target
+
+
+def _series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values where the metric is there; null becomes NaN, which leaves a gap."""
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    steps = np.array([step for step, _ in found], dtype=float)
+    return steps, np.array([np.nan if value is None else value for _, value in found], dtype=float)
+
+
+def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
+    """A curve; a long one is drawn faint with its running mean on top."""
+    if len(steps) == 0:
+        return
+    if len(steps) < _SMOOTH_FROM:
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=4)
+        return
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
+    axes.plot(steps, _running_mean(values, _window(len(values))), color=colour, label=label)
+
+
+def _window(length: int) -> int:
+    return max(5, length // 25)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over a centred window that is cut at both ends and leaves NaN out."""
+    present = np.isfinite(values)
+    kernel = np.ones(min(window, len(values)))
+    sums = np.convolve(np.where(present, values, 0.0), kernel, mode="same")
+    counts = np.convolve(present.astype(float), kernel, mode="same")
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Row], title: str, lines: Sequence[tuple[str, str, str]]) -> None:
+    axes.set_title(title)
+    for name, label, colour in lines:
+        _line(axes, *_series(rows, name), label, colour)
+
+
+def _draw_reward(axes: Axes, rows: Sequence[Row]) -> None:
+    accuracy = _series(rows, "reward/accuracy")
+    reward = _series(rows, "reward/mean")
+    axes.set_title("Reward of the rollouts")
+    _line(axes, *reward, "mean reward", _BLUE)
+    # With rewards 0 and 1 the two curves are one.
+    if len(accuracy[1]) and not np.array_equal(accuracy[1], reward[1], equal_nan=True):
+        _line(axes, *accuracy, "accuracy", _GREEN)
+
+
+def _draw_evaluations(axes: Axes, evaluations: Sequence[Row]) -> None:
+    """Every accuracy of the evaluations, with its interval where there is one (``NAME_low``, ``NAME_high``)."""
+    axes.set_title("Held-out accuracy")
+    names = list(dict.fromkeys(name for row in evaluations for name in row if "accuracy" in name))
+    names = [name for name in names if not name.endswith(("_low", "_high"))]
+    for name, colour in zip(names, (_BLUE, _GREEN, _ORANGE, _PURPLE), strict=False):
+        steps, values = _series(evaluations, name)
+        label = name.removeprefix("eval/").replace("accuracy", "").strip("_/ ") or "accuracy"
+        axes.plot(steps, values, color=colour, label=label.replace("_", " "), marker="o", markersize=4)
+        low, high = _series(evaluations, f"{name}_low"), _series(evaluations, f"{name}_high")
+        if len(low[0]) == len(high[0]) == len(steps):
+            axes.fill_between(steps, low[1], high[1], color=colour, alpha=0.12, linewidth=0)
+    if names:
+        axes.set_ylim(0, 1.02)
+    else:
+        _say(axes, "no evaluation")
+
+
+def _draw_lengths(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Response length (tokens)")
+    low, high = _series(rows, "response/length_min"), _series(rows, "response/length_max")
+    if len(low[0]) and len(low[0]) == len(high[0]):
+        axes.fill_between(low[0], low[1], high[1], color=_ORANGE, alpha=0.12, linewidth=0, label="shortest to longest")
+    _line(axes, *_series(rows, "response/length_mean"), "mean", _ORANGE)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_groups(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Shares")
+    _line(axes, *_series(rows, "group/zero_advantage"), "groups without gradient", _GREY)
+    _line(axes, *_series(rows, "response/truncated"), "responses cut", _RED)
+    _line(axes, *_series(rows, "loss/clip_fraction"), "tokens clipped", _BLUE)
+    axes.set_ylim(-0.02, 1.02)
+
+
+def _draw_mismatch(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("|server − trainer| log-prob")
+    drawn = False
+    for name, label, colour in (("mismatch/abs_p99", "99th percentile", _GREY), ("mismatch/abs_mean", "mean", _BLUE)):
+        steps, values = _series(rows, name)
+        values = np.where(values > 0, values, np.nan)  # a logarithm has no zero
+        drawn |= bool(np.isfinite(values).any())
+        _line(axes, steps, values, label, colour)
+    if drawn:
+        axes.set_yscale("log")
+
+
+def _draw_seconds(axes: Axes, rows: Sequence[Row]) -> None:
+    """Seconds of every phase on top of each other; what the phases leave of the step is `other`."""
+    axes.set_title("Seconds per step")
+    steps, total = _series(rows, "seconds/step")
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("seconds/"))
+    phases = [name.removeprefix("seconds/") for name in names if name != "seconds/step"]
+    if len(steps) == 0 or not phases:
+        _say(axes, "no timing")
+        return
+    layers = [np.array([row.get(f"seconds/{p}") or 0.0 for row in rows if "seconds/step" in row]) for p in phases]
+    layers.append(np.clip(np.nan_to_num(total) - np.sum(layers, axis=0), 0, None))
+    if len(steps) >= _SMOOTH_FROM:
+        layers = [_running_mean(layer, _window(len(layer))) for layer in layers]
+    colours = [_PHASE_COLOURS.get(phase, _RED) for phase in phases] + [_PHASE_COLOURS["other"]]
+    labels = [phase.replace("_", " ") for phase in phases] + ["other"]
+    if len(steps) == 1:
+        bottoms = np.cumsum([0.0, *(float(layer[0]) for layer in layers[:-1])])
+        for bottom, layer, label, colour in zip(bottoms, layers, labels, colours, strict=True):
+            axes.bar(steps, layer, bottom=bottom, width=0.5, color=colour, label=label)
+    else:
+        axes.stackplot(steps, *layers, labels=labels, colors=colours, linewidth=0)
+    axes.set_ylim(bottom=0)
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+
+
+def _finish(axes: Axes, rows: Sequence[Row], evaluations: Sequence[Row]) -> None:
+    """The same steps on every panel, a legend where a curve has a name."""
+    from matplotlib.ticker import MaxNLocator
+
+    steps: list[Any] = [row["step"] for row in (*rows, *evaluations)]
+    margin = max(0.5, 0.02 * (max(steps) - min(steps)))
+    axes.set_xlim(min(steps) - margin, max(steps) + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    labels = [label for label in axes.get_legend_handles_labels()[1] if label]
+    if len(labels) > 1:
+        # "best" would search all points of a stack for a place.
+        axes.legend(loc="upper right" if axes.collections else "best")

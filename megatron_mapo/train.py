@@ -1,0 +1,351 @@
+"""The training loop. One step, in the order of the code below:
+
+    prompts -> sampler (SGLang) -> SequenceBatch -> advantages -> policy.update -> weight sync
+
+Started by ``torchrun -m megatron_mapo.train --config C [section.key=value ...]``, by
+``python -m megatron_mapo.train`` (one process), or by ``megatron-mapo launch``. Every rank runs this
+loop. Rank 0 alone talks to the servers, reads the data and writes the logs; what it finds is
+broadcast, and so are its errors, so that no rank waits for one that has given up.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_mapo.algorithms.advantages import estimate_advantages
+from megatron_mapo.algorithms.metrics import rollout_metrics, update_metrics
+from megatron_mapo.config import Config, OldLogprobs, Resume, load_config, to_yaml
+from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.errors import CheckpointError, MapoError, TrainingError
+from megatron_mapo.hardware import settle_dtype
+from megatron_mapo.megatron import checkpoint, hf, runtime
+from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
+from megatron_mapo.megatron.runtime import Runtime
+from megatron_mapo.rollout.session import RolloutSession
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside to ``name``."""
+        start = time.perf_counter()
+        yield
+        self.runtime.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Trainer:
+    """All that a run holds on this rank.
+
+    Attributes:
+        step: finished steps; also the version of the weights that the servers have.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.run_dir = config.run_dir
+        self.step = 0
+        self.model_path = self.on_main(self._prepare)
+        updates = config.trainer.steps * config.actor.epochs * config.actor.mini_batches
+        self.policy = Policy(config, runtime, self.model_path, updates)
+        self.rollout: RolloutSession | None = None
+        self.on_main(self._open_rollout)
+        self._resume()
+        self.on_main(self._open_tracker)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Rank 0's ``work()`` on every rank; if it fails there, the same error on every rank."""
+        outcome: tuple[T | None, BaseException | None] | None = None
+        if self.runtime.is_main:
+            try:
+                outcome = (work(), None)
+            except MapoError as error:
+                outcome = (None, error)
+            except Exception as error:
+                # A bug: the others end quietly, rank 0 keeps its traceback.
+                self.runtime.broadcast((None, MapoError(f"rank 0 failed: {type(error).__name__}: {error}")))
+                raise
+        value, error = self.runtime.broadcast(outcome)
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+
+    def main_with_weights(self, work: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
+        """``work(weights)`` on rank 0 while all ranks bring the weights together; as ``on_main`` for errors.
+
+        The iterator is exhausted whatever happens to ``work``: the other ranks take part in it.
+        """
+        weights = self.policy.named_weights()
+
+        def on_rank_0() -> T:
+            try:
+                return work(weights)
+            finally:
+                for _ in weights:
+                    pass
+
+        if not self.runtime.is_main:
+            for _ in weights:
+                pass
+        return self.on_main(on_rank_0)
+
+    def _prepare(self) -> Path:
+        """Make the run folder and find the model."""
+        from megatron_mapo.quickstart import resolve_model_path
+
+        saved = checkpoint.checkpoints(self.run_dir / "checkpoints")
+        if saved and self.config.run.resume is Resume.never:
+            raise CheckpointError(
+                f"{self.run_dir} holds a checkpoint of step {saved[-1][0]} and run.resume=never: "
+                "choose another run.name, remove the folder, or set run.resume=auto"
+            )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        return resolve_model_path(self.config.model.path)
+
+    def _open_rollout(self) -> None:
+        self.rollout = RolloutSession(self.config, self.model_path, self.runtime.device)
+
+    def _open_tracker(self) -> None:
+        from megatron_mapo.tracking import Tracker
+
+        self.tracker = Tracker(self.run_dir, self.config.tracking, self.config.trainer.steps, self.step)
+
+    def _resume(self) -> None:
+        saved = self.on_main(lambda: checkpoint.checkpoints(self.run_dir / "checkpoints"))
+        if not saved:
+            return
+        step, path = saved[-1]
+        state = checkpoint.load(self.policy, self.runtime, path)
+        self.step = step
+        self.on_main(lambda: self._main_rollout.prompts.load_state_dict(state["prompts"]))
+        if self.runtime.is_main:
+            print(f"resuming from {path}", flush=True)
+
+    @property
+    def _main_rollout(self) -> RolloutSession:
+        assert self.rollout is not None, "only rank 0 has a rollout session"
+        return self.rollout
+
+    def run(self) -> None:
+        """Train to the end, from wherever the run stands."""
+        settings = self.config.trainer
+        self.sync_weights()
+        if self.step == 0 and settings.evaluation.at_start:
+            self.evaluate()
+        while self.step < settings.steps:
+            self.train_step()
+            last = self.step == settings.steps
+            if last or (settings.save_interval and self.step % settings.save_interval == 0):
+                self.save()
+            interval = settings.evaluation.interval
+            if (last and settings.evaluation.at_end) or (not last and interval and self.step % interval == 0):
+                self.evaluate()
+        if settings.export:
+            self.export(self.run_dir / "export")
+
+    def train_step(self) -> None:
+        """One rollout batch, its update(s), and the new weights on the servers."""
+        clock = Clock(self.runtime)
+        start = time.perf_counter()
+        with clock.phase("rollout"):
+            batch = self.on_main(lambda: self._main_rollout.sample(self.step))
+        advantages = estimate_advantages(batch.rewards, batch.group_ids, self.config.actor.adv_norm)
+        metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
+        columns, before = self.score(batch, clock)
+        columns["advantages"] = advantages[batch.response_sequence]
+        with clock.phase("update"):
+            metrics |= self.update(batch, columns, before)
+        self.step += 1
+        with clock.phase("weight_sync"):
+            self.sync_weights()
+        seconds = time.perf_counter() - start
+        metrics |= {f"seconds/{name}": value for name, value in clock.seconds.items()}
+        metrics["seconds/step"] = seconds
+        metrics["speed/response_tokens_per_second"] = int(batch.response_lens.sum()) / seconds
+        metrics["speed/tokens_per_second"] = len(batch.tokens) / seconds
+        metrics["memory/peak_gib"] = max(self.runtime.gather(self.runtime.peak_memory_gib()))
+        self.on_main(lambda: self._log(batch, advantages, metrics))
+        self._check_mismatch(metrics)
+
+    def score(self, batch: SequenceBatch, clock: Clock) -> tuple[dict[str, Tensor], TokenScores | None]:
+        """Per-response-token columns that the loss needs from a forward pass, and the actor's scores if made."""
+        loss = self.config.actor.loss
+        columns: dict[str, Tensor] = {}
+        before = None
+        if loss.old_logprobs is OldLogprobs.rollout:
+            columns["old_logprobs"] = batch.rollout_logprobs
+        elif self.config.actor.mini_batches * self.config.actor.epochs > 1:
+            with clock.phase("old_logprobs"):
+                before = self.policy.log_probs(batch)
+            columns["old_logprobs"] = before.logprobs
+        # With one update a rollout the old log-probs are those of the update's own forward pass.
+        if loss.kl_coef > 0:
+            with clock.phase("reference"):
+                columns["ref_logprobs"] = self.policy.reference_log_probs(batch).logprobs
+        return columns, before
+
+    def update(self, batch: SequenceBatch, columns: dict[str, Tensor], before: TokenScores | None) -> dict[str, float]:
+        """All optimizer steps on one rollout batch, and what to log of them."""
+        results: list[tuple[UpdateResult, Tensor]] = []
+        for index in self._mini_batches(batch):
+            part = batch.select(index)
+            in_part = _response_tokens(batch, index)
+            part_columns = {name: column[in_part] for name, column in columns.items()}
+            part_columns["token_weight"] = token_weights(
+                part, self.config.actor.loss.aggregation, self.config.rollout.max_response_tokens
+            )
+            rows = self._rows_with_gradient(part, part_columns["advantages"])
+            results.append((self.policy.update(part, part_columns, rows), in_part))
+        return self._update_metrics(batch, columns, before, results)
+
+    def _mini_batches(self, batch: SequenceBatch) -> Iterator[Tensor]:
+        """Sequence indices of each optimizer step: whole groups, in a new order every pass."""
+        actor = self.config.actor
+        if actor.mini_batches * actor.epochs == 1:
+            yield torch.arange(len(batch))
+            return
+        groups = batch.group_ids.unique()
+        generator = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + self.step)
+        for _ in range(actor.epochs):
+            order = groups[torch.randperm(len(groups), generator=generator)]
+            for chosen in order.tensor_split(actor.mini_batches):
+                yield torch.isin(batch.group_ids, chosen).nonzero().flatten()
+
+    def _rows_with_gradient(self, batch: SequenceBatch, advantages: Tensor) -> Tensor | None:
+        """Sequences that the update needs; None means all.
+
+        Without KL and entropy terms a sequence of advantage 0 adds exactly nothing to the gradient. At
+        least one group stays, so that every step compares the server's log-probs with the trainer's.
+        """
+        loss = self.config.actor.loss
+        if not self.config.actor.skip_zero_advantage or loss.kl_coef > 0 or loss.entropy_coef > 0:
+            return None
+        rows = torch.zeros(len(batch), dtype=torch.bool)
+        rows[batch.response_sequence[advantages != 0]] = True
+        return (rows if rows.any() else batch.group_ids == batch.group_ids[0]).nonzero().flatten()
+
+    def _update_metrics(
+        self,
+        batch: SequenceBatch,
+        columns: dict[str, Tensor],
+        before: TokenScores | None,
+        results: list[tuple[UpdateResult, Tensor]],
+    ) -> dict[str, float]:
+        index = torch.cat([tokens[r.scores.computed] for r, tokens in results])
+        logprobs = torch.cat([r.scores.logprobs[r.scores.computed] for r, _ in results])
+        entropy = torch.cat([r.scores.entropy[r.scores.computed] for r, _ in results])
+        old = columns["old_logprobs"][index] if "old_logprobs" in columns else logprobs
+        ref = columns["ref_logprobs"][index] if "ref_logprobs" in columns else None
+        metrics = update_metrics(
+            logprobs,
+            old,
+            batch.rollout_logprobs[index],
+            columns["advantages"][index],
+            entropy,
+            self.config.actor.loss,
+            ref_logprobs=ref,
+        )
+        first, last = results[0][0], results[-1][0]
+        return metrics | {
+            "loss/total": sum(r.loss for r, _ in results) / len(results),
+            "optim/grad_norm": max(r.grad_norm for r, _ in results),
+            "optim/learning_rate": last.learning_rate,
+            "optim/updates": float(len(results)),
+            "speed/packed_tokens": float(sum(r.packed_tokens for r, _ in results)),
+            "speed/trained_share": float(first.scores.computed.double().mean()),
+        }
+
+    def sync_weights(self) -> None:
+        """Give the servers the actor's weights, as version ``step``."""
+        self.main_with_weights(lambda weights: self._main_rollout.update_weights(weights, self.step))
+
+    def evaluate(self) -> None:
+        """Score held-out prompts with the servers' current weights."""
+        if self.config.data.eval is not None:
+            self.on_main(lambda: self.tracker.log_evaluation(self.step, self._main_rollout.evaluate(self.step)))
+
+    def save(self) -> None:
+        """Write a checkpoint of everything."""
+        state = self.on_main(lambda: {"prompts": self._main_rollout.prompts.state_dict()})
+        folder = self.run_dir / "checkpoints"
+        checkpoint.save(self.policy, self.runtime, folder, self.step, state, self.config.trainer.keep_checkpoints)
+
+    def export(self, out: Path) -> None:
+        """Write the actor as a Hugging Face folder."""
+        self.main_with_weights(lambda weights: hf.save_folder(weights, self.model_path, out))
+
+    def _log(self, batch: SequenceBatch, advantages: Tensor, metrics: dict[str, float]) -> None:
+        self.tracker.log(self.step, metrics)
+        self.tracker.log_samples(self.step, self._main_rollout.describe(batch, advantages, self.config.tracking.samples))
+
+    def _check_mismatch(self, metrics: dict[str, float]) -> None:
+        bound = self.config.rollout.max_logprob_diff
+        if bound is not None and metrics["mismatch/abs_mean"] > bound:
+            raise TrainingError(
+                f"server and trainer disagree: mean |log-prob difference| {metrics['mismatch/abs_mean']:.3g} is above "
+                f"rollout.max_logprob_diff={bound}. They should run the same weights, dtype and temperature"
+            )
+
+    def close(self) -> None:
+        """Close servers' connections and files; then leave the process group."""
+        if self.rollout is not None:
+            self.rollout.close()
+        if hasattr(self, "tracker"):
+            self.tracker.close()
+
+
+def _response_tokens(batch: SequenceBatch, index: Tensor) -> Tensor:
+    """Indices, among all response tokens of ``batch``, of those of the sequences ``index``, in that order."""
+    from megatron_mapo.data.sequences import ragged_indices
+
+    return ragged_indices(batch.response_offsets[:-1][index], batch.response_lens[index])
+
+
+def train(config: Config) -> None:
+    """Run a whole configuration on this rank."""
+    trainers = runtime.initialize(config)
+    trainer = None
+    try:
+        trainer = Trainer(config, trainers)
+        trainer.run()
+    finally:
+        if trainer is not None:
+            trainer.close()
+    trainers.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of every trainer process; returns the exit code."""
+    from megatron_mapo.launch.arguments import parse_run
+
+    try:
+        config = settle_dtype(load_config(*parse_run("python -m megatron_mapo.train", argv)))
+        train(config)
+    except MapoError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    # megatron-core starts helper processes while it saves; they import this module again.
+    sys.exit(main())

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Linters, types, tests: `scripts/test.sh [--all] [pytest arguments]`. --all adds the tests marked slow.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh --dev
+
+selection=()
+if [ "${1:-}" = --all ]; then
+  selection=(-m "")
+  shift
+fi
+
+python=.venv/bin/python
+failed=()
+"$python" -m ruff check . || failed+=("ruff check")
+"$python" -m ruff format --check . || failed+=("ruff format")
+"$python" -m mypy || failed+=("mypy")
+"$python" -m pytest "${selection[@]}" "$@" || failed+=("pytest")
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi

@@ -1,0 +1,252 @@
+"""The verifiers' judgement, case by case."""
+
+import random
+
+import pytest
+import reasoning_gym as gym
+
+from megatron_mapo.rewards import exact, gsm8k, math, reasoning_gym
+
+# (response, reference answer, right). The same for `gsm8k` and `math`.
+NUMBERS = [
+    # bare answers, as "Answer with just the number." asks for
+    ("12", "12", True),
+    (" 12 ", "12", True),
+    ("12.", "12", True),
+    ("12.0", "12", True),
+    ("12!", "12", True),
+    ("**12**", "12", True),
+    ("12\n", "12", True),
+    ("13", "12", False),
+    ("", "12", False),
+    ("twelve", "12", False),
+    ("112", "12", False),
+    ("1 2", "12", False),
+    ("-12", "12", False),
+    ("12 or 13", "12", False),
+    ("12 or 13", "13", False),
+    ("12 or maybe 13", "13", False),
+    ("Either 12 apples or 13 apples", "13", False),
+    # working is allowed; the last number counts
+    ("7+5=12", "12", True),
+    ("7 + 5 = 12", "12", True),
+    ("7 + 5", "5", False),
+    ("7 + 5", "12", False),
+    ("20-8", "8", False),
+    ("10-12", "12", False),
+    ("It is 12, because 7 and 5 make 12.", "12", True),
+    ("9 10 11 12 13", "12", False),
+    ("12 12 12 13", "12", False),
+    ("There are 5 well-behaved dogs and 7 cats, so 12", "12", True),
+    ("12x", "12", False),
+    ("x2", "2", False),
+    ("2\\sqrt{3}", "3", False),
+    ("I bought 5 apples. I have 12 apples now", "12", True),
+    # marked answers
+    ("#### 42", "42", True),
+    ("6*7=42\n#### 42", "42", True),
+    ("####42", "42", True),
+    ("#### 43\nBut 42 it should be", "42", False),
+    ("The answer is 42.\n\n#### Check\n6 times 7 is 40 and 2", "42", True),
+    ("\\boxed{42}", "42", True),
+    ("$\\boxed{42}$.", "42", True),
+    ("\\boxed{\\text{42 apples}}", "42", True),
+    ("\\boxed{x = 42}", "42", True),
+    ("\\boxed{41} no, \\boxed{42}", "42", True),
+    ("\\boxed{42} no, \\boxed{41}", "42", False),
+    ("\\boxed{41}\\boxed{42}\\boxed{43}", "42", False),
+    ("\\boxed{41, 42}", "42", False),
+    ("\\boxed{41, 42}", "41", False),
+    ("\\boxed{42 \\text{ or } 43}", "42", False),
+    ("\\boxed{40+2}", "42", False),
+    ("\\boxed{40+2}", "40", False),
+    ("\\boxed{42", "42", True),
+    ("\\boxed{}", "42", False),
+    ("\\boxed{\\frac{84}{2}}", "42", True),
+    ("\\boxed{2^{42}}", "42", False),
+    ("The answer is 42.", "42", True),
+    ("The answer is: 42", "42", True),
+    ("the final answer is $42$.", "42", True),
+    ("The answer is \\(42\\).", "42", True),
+    ("**Answer:** 42", "42", True),
+    ("**Answer**: 42", "42", True),
+    ("Answer:\n42", "42", True),
+    ("Answer = 42", "42", True),
+    ("The answer is 42, since 6*7=42. That took 5 steps.", "42", True),
+    ("The answer is 42. It took me 3 minutes.", "42", True),
+    ("The answer is 42. It took me 3 minutes.", "3", False),
+    ("The answer is 41. Wait, the answer is 42.", "42", True),
+    ("The answer is 42. Wait, the answer is 41.", "42", False),
+    ("The answer is 42 or 43.", "42", False),
+    ("The answer is 41, 42, 43.", "42", False),
+    ("The answer is between 41 and 42.", "42", False),
+    ("The answer is 7*6 = 42 apples", "42", True),
+    ("The answer is 42 apples", "42", True),
+    ("The answer is unclear.", "42", False),
+    # thousands, decimals, fractions, signs, currency, units
+    ("1,234", "1234", True),
+    ("1234", "1,234", True),
+    ("1,234,567.50", "1234567.5", True),
+    ("\\boxed{1{,}234}", "1234", True),
+    ("\\boxed{1\\,234}", "1234", True),
+    ("1,23", "123", False),
+    ("0.5", ".5", True),
+    ("12.50", "12.5", True),
+    ("12.05", "12.5", False),
+    ("1/2", "0.5", True),
+    ("\\frac{1}{2}", "0.5", True),
+    ("$\\dfrac{3}{4}$", "3/4", True),
+    ("\\frac34", "0.75", True),
+    ("-\\frac{3}{4}", "-0.75", True),
+    ("\\frac{-3}{4}", "-0.75", True),
+    ("3 1/2", "3.5", True),
+    ("3\\frac{1}{2}", "3.5", True),
+    ("1/3", "0.333", False),
+    ("1/0", "0", False),
+    ("-5", "-5", True),
+    ("−5", "-5", True),
+    ("x = -5", "-5", True),
+    ("x = - 5", "-5", True),
+    ("5", "-5", False),
+    ("The answer is -5.", "-5", True),
+    ("- 5", "5", True),
+    ("$18", "18", True),
+    ("\\$18.00", "$18", True),
+    ("-$18", "-18", True),
+    ("€18", "18", True),
+    ("18 dollars", "18", True),
+    ("18", "18 dollars", True),
+    ("The answer is 18km.", "18", True),
+    ("50%", "50", True),
+    ("50\\%", "50%", True),
+    ("0.5", "50%", False),
+    ("1.5e3", "1500", True),
+    ("1e3", "3", False),
+    ("90^\\circ", "90", True),
+    # whole GSM8K solutions as the reference
+    ("72", "He sold 48/2 = <<48/2=24>>24 clips.\n#### 72", True),
+    ("24", "He sold 48/2 = <<48/2=24>>24 clips.\n#### 72", False),
+    ("1000", "#### 1,000", True),
+    # thinking
+    ("<think>maybe 41</think>42", "42", True),
+    ("maybe \\boxed{41}</think>42", "42", True),
+    ("<think>so \\boxed{42}", "42", False),
+    ("<think>42</think>", "42", False),
+]
+
+SYMBOLIC = [
+    ("\\boxed{2\\sqrt{3}}", "2\\sqrt{3}", True),
+    ("\\boxed{\\sqrt{12}}", "2\\sqrt{3}", True),
+    ("\\boxed{2\\sqrt{2}}", "2\\sqrt{3}", False),
+    ("The answer is $x^2 + 2x + 1$.", "(x+1)^2", True),
+    ("\\boxed{(1, 2)}", "(1,2)", True),
+    ("\\boxed{(2, 1)}", "(1,2)", False),
+    ("\\boxed{\\{1, 2\\}}", "\\{2, 1\\}", True),
+    ("\\boxed{x=5}", "x=5", True),
+    ("\\boxed{5}", "x=5", True),
+    ("\\boxed{3\\pi}", "3\\pi", True),
+    ("\\boxed{3}", "3\\pi", False),
+    ("3\\pi", "$3\\pi$", True),
+    ("\\boxed{2x}", "2x", True),
+    ("\\boxed{2}", "2x", False),
+    ("\\boxed{\\text{Tuesday}}", "Tuesday", True),
+    ("The answer is tuesday.", "Tuesday", True),
+    ("The answer is Monday.", "Tuesday", False),
+    ("\\boxed{(-\\infty, 3]}", "(-\\infty,3]", True),
+    ("\\boxed{2\\sqrt{3}} or rather \\boxed{7}", "2\\sqrt{3}", False),
+    ("", "2\\sqrt{3}", False),
+    ("\\boxed{\\frac{1}{}}", "2\\sqrt{3}", False),
+    ("first line 2\\sqrt{3}\nno idea", "2\\sqrt{3}", False),
+    ("42", "the solution is \\boxed{42}", True),
+]
+
+
+@pytest.mark.parametrize("verifier", [gsm8k, math], ids=["gsm8k", "math"])
+@pytest.mark.parametrize(("response", "answer", "right"), NUMBERS)
+def test_numbers(verifier, response, answer, right):
+    assert verifier.verify(response, answer, {}) is right
+
+
+@pytest.mark.parametrize(("response", "answer", "right"), SYMBOLIC)
+def test_math_symbolic(response, answer, right):
+    assert math.verify(response, answer, {}) is right
+
+
+def test_gsm8k_words():
+    assert gsm8k.verify("The answer is tuesday.", "Tuesday", {})
+    assert not gsm8k.verify("The answer is not Tuesday.", "Tuesday", {})
+
+
+@pytest.mark.parametrize("verifier", [gsm8k, math], ids=["gsm8k", "math"])
+def test_empty_reference_is_an_error(verifier):
+    with pytest.raises(ValueError, match=r"data\.answer_key"):
+        verifier.verify("12", "  ", {})
+
+
+def test_exact():
+    assert exact.verify(" Yes\n", "Yes", {})
+    assert not exact.verify("yes", "Yes", {})
+    assert not exact.verify("Yes!", "Yes", {})
+
+
+HOSTILE = [
+    "1" * 100_000,
+    "1," * 50_000,
+    "1/" * 50_000,
+    "1,111" * 20_000,
+    " " * 100_000 + "12" + " " * 100_000,
+    "= - " * 30_000,
+    "\\boxed{" * 30_000,
+    "{" * 100_000,
+    "the answer is " * 10_000,
+    "#### " * 30_000,
+    "1 or " * 30_000,
+    "$" * 100_000 + "1",
+    "- " * 50_000 + "1",
+    "\\text{" * 30_000,
+    "\\frac{1}{" * 20_000,
+    "answer" + " " * 100_000,
+    "1e999 1e9999 1e99999999 1e999999999999",
+    "٣ ² ½ Ⅻ 一 \ud800 \x00",
+    "\\frac{1}{0} 1/0 0/0",
+    "<think>" * 10_000,
+]
+
+
+# A pattern that takes quadratic time would not end within the limit.
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_responses_are_wrong(text):
+    assert gsm8k.verify(text, "12345678", {}) is False
+    assert math.verify(text, "12345678", {}) is False
+
+
+def test_random_text_never_raises():
+    rng = random.Random(0)
+    pieces = ["1", "23", ",", ".", "/", "-", "−", " ", "\n", "$", "%", "\\frac{", "}", "{", "\\boxed{", "####", "="]
+    pieces += ["answer is", " or ", "x", "e5", "^", "\\sqrt", "(", ")", "\\text{", "**", "\\,", "`", ":"]
+    for _ in range(5000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 25)))
+        assert gsm8k.verify(text, "987654321", {}) is False
+
+
+def test_reasoning_gym_scores_like_the_task():
+    data = gym.create_dataset("chain_sum", size=3, seed=1)
+    entry = data[0]
+    for metadata in (entry["metadata"], entry):
+        for response in (
+            entry["answer"],
+            f"Let me see. <answer>{entry['answer']}</answer>",
+            f"\\boxed{{{entry['answer']}}}",
+        ):
+            assert reasoning_gym.verify(response, entry["answer"], metadata) == 1.0
+        assert reasoning_gym.verify("<answer>nonsense</answer>", entry["answer"], metadata) < 0.1
+        assert (
+            reasoning_gym.verify(f"<answer>{entry['answer']}</answer> <answer>no</answer>", entry["answer"], metadata)
+            < 0.1
+        )
+
+
+def test_reasoning_gym_needs_its_own_rows():
+    with pytest.raises(ValueError, match="source_dataset"):
+        reasoning_gym.verify("1", "1", {})
