@@ -134,8 +134,9 @@ def _positive(text: str) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from megatron_mapo.config import load_config
+    from megatron_mapo.hardware import settle_dtype
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = settle_dtype(load_config(arguments.config, arguments.overrides))
     file = [] if arguments.config is None else ["--config", arguments.config]
     argv = [*file, *arguments.overrides]
     if arguments.dry_run:
@@ -149,8 +150,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _launch_local(arguments: argparse.Namespace) -> int:
     from megatron_mapo.config import load_config
+    from megatron_mapo.hardware import settle_dtype
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = settle_dtype(load_config(arguments.config, arguments.overrides))
     from megatron_mapo.launch import local
     from megatron_mapo.launch.processes import Stopped, stop_signals
 
@@ -168,8 +170,9 @@ def _launch_local(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from megatron_mapo.config import load_config
+    from megatron_mapo.hardware import settle_dtype
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = settle_dtype(load_config(arguments.config, arguments.overrides))
     from megatron_mapo.launch.processes import Stopped, stop_signals
     from megatron_mapo.launch.serve import serve
 
@@ -186,7 +189,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{arguments.run_dir} has no checkpoints; it must be the folder of a run")
     if arguments.out.exists():
         raise ConfigError(f"{arguments.out} exists; name a folder that does not")
-    from megatron_mapo.megatron.export import export_run
+    from megatron_mapo.export import export_run
 
     print(export_run(arguments.run_dir, arguments.out, arguments.step))
     return 0

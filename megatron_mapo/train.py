@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from megatron_mapo.algorithms.advantages import estimate_advantages
-from megatron_mapo.algorithms.metrics import rollout_metrics, update_metrics
+from megatron_mapo.algorithms.metrics import mismatch_metrics, rollout_metrics, update_metrics
 from megatron_mapo.config import Config, OldLogprobs, Resume, load_config, to_yaml
-from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.data.sequences import SequenceBatch, ragged_indices
 from megatron_mapo.errors import CheckpointError, MapoError, TrainingError
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.megatron import checkpoint, hf, runtime
@@ -254,15 +254,12 @@ class Trainer:
         entropy = torch.cat([r.scores.entropy[r.scores.computed] for r, _ in results])
         old = columns["old_logprobs"][index] if "old_logprobs" in columns else logprobs
         ref = columns["ref_logprobs"][index] if "ref_logprobs" in columns else None
-        metrics = update_metrics(
-            logprobs,
-            old,
-            batch.rollout_logprobs[index],
-            columns["advantages"][index],
-            entropy,
-            self.config.actor.loss,
-            ref_logprobs=ref,
-        )
+        advantages, loss = columns["advantages"][index], self.config.actor.loss
+        metrics = update_metrics(logprobs, old, advantages, entropy, loss, ref_logprobs=ref)
+        # Later updates of the same batch score it with weights that the server never had.
+        unchanged = len(logprobs) if before is not None else int(results[0][0].scores.computed.sum())
+        trainer = before.logprobs[index] if before is not None else logprobs
+        metrics |= mismatch_metrics(trainer[:unchanged], batch.rollout_logprobs[index[:unchanged]])
         first, last = results[0][0], results[-1][0]
         return metrics | {
             "loss/total": sum(r.loss for r, _ in results) / len(results),
@@ -314,8 +311,6 @@ class Trainer:
 
 def _response_tokens(batch: SequenceBatch, index: Tensor) -> Tensor:
     """Indices, among all response tokens of ``batch``, of those of the sequences ``index``, in that order."""
-    from megatron_mapo.data.sequences import ragged_indices
-
     return ragged_indices(batch.response_offsets[:-1][index], batch.response_lens[index])
 
 

@@ -95,7 +95,7 @@ choose_device() {
     return
   fi
   say "note: this machine has an NVIDIA driver, but .venv holds the CPU packages only. docs/install.md says how to" \
-    "install the CUDA extra. Until then the GPU is hidden (CUDA_VISIBLE_DEVICES=) and everything runs on the CPU."
+    "install for CUDA. Until then the GPU is hidden (CUDA_VISIBLE_DEVICES=) and everything runs on the CPU."
   export CUDA_VISIBLE_DEVICES=
 }
 

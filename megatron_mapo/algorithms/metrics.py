@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_mapo.algorithms.advantages import group_statistics
 from megatron_mapo.algorithms.kl import MAX_LOG_RATIO, kl_penalty
-from megatron_mapo.config import AdvNormConfig, KLEstimator, LossConfig, OldLogprobs
+from megatron_mapo.config import AdvNormConfig, KLEstimator, LossConfig
 from megatron_mapo.data.sequences import SequenceBatch
 
 HISTOGRAM_BINS = 9
@@ -70,31 +70,49 @@ def rollout_metrics(
     }
 
 
+def mismatch_metrics(logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, float]:
+    """How far trainer and server are apart on the same weights, over R response tokens.
+
+    Args:
+        logprobs: ``[R]``, under the trainer's policy before it was updated (nat).
+        rollout_logprobs: ``[R]``, as the server sampled them.
+
+    Returns:
+        * ``mismatch/abs_mean``, ``abs_p99`` (nearest rank), ``abs_max``: |server − trainer| log-prob.
+        * ``mismatch/kl``, ``mismatch/kl_k1``: the k3 and k1 estimates of KL(server || trainer).
+        * ``mismatch/tokens``: R. All are 0 when it is 0.
+    """
+    trainer, server = logprobs.detach().double(), rollout_logprobs.double()
+    gap = (server - trainer).abs()
+    return {
+        "mismatch/abs_mean": _mean(gap),
+        "mismatch/abs_p99": _percentile(gap, 0.99),
+        "mismatch/abs_max": _max(gap),
+        "mismatch/kl": _mean(kl_penalty(server, trainer, KLEstimator.k3)),
+        "mismatch/kl_k1": _mean(kl_penalty(server, trainer, KLEstimator.k1)),
+        "mismatch/tokens": float(len(gap)),
+    }
+
+
 def update_metrics(
     logprobs: Tensor,
     old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
     advantages: Tensor,
     entropy: Tensor,
     config: LossConfig,
     ref_logprobs: Tensor | None = None,
 ) -> dict[str, float]:
-    """What an update did, and how far server and trainer are apart, over R response tokens.
+    """What an update did, over R response tokens.
 
     Args:
         logprobs: ``[R]``, under the policy as the update saw it (nat).
         old_logprobs: ``[R]``, that the ratio is relative to.
-        rollout_logprobs: ``[R]``, as the server sampled them.
         advantages: ``[R]``, of each token's sequence.
         entropy: ``[R]``, of the policy's distribution (nat).
         config: section ``actor.loss``.
         ref_logprobs: ``[R]``, under the reference, where there is one.
 
     Returns:
-        * ``mismatch/abs_mean``, ``abs_p99`` (nearest rank), ``abs_max``: |server − trainer| log-prob. The
-          trainer's are ``old_logprobs``; with ``old_logprobs: rollout`` those are the server's own, and
-          ``logprobs`` stand for the trainer.
-        * ``mismatch/kl``, ``mismatch/kl_k1``: the k3 and k1 estimates of KL(server || trainer).
         * ``loss/clip_fraction_low``, ``_high``: share of tokens whose gradient the lower, the upper clip cuts;
           ``loss/clip_fraction``: their sum.
         * ``loss/kl_old``: k3 estimate of KL(old || policy). ``loss/kl_ref``: KL(policy || reference) by
@@ -103,18 +121,11 @@ def update_metrics(
 
         All are 0 when R is 0.
     """
-    logprobs, old, server = logprobs.detach().double(), old_logprobs.double(), rollout_logprobs.double()
-    trainer = logprobs if config.old_logprobs is OldLogprobs.rollout else old
-    gap = (server - trainer).abs()
+    logprobs, old = logprobs.detach().double(), old_logprobs.double()
     ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     low = _mean((advantages < 0) & (ratio < 1 - config.clip_low))
     high = _mean((advantages > 0) & (ratio > 1 + config.clip_high))
     metrics = {
-        "mismatch/abs_mean": _mean(gap),
-        "mismatch/abs_p99": _percentile(gap, 0.99),
-        "mismatch/abs_max": _max(gap),
-        "mismatch/kl": _mean(kl_penalty(server, trainer, KLEstimator.k3)),
-        "mismatch/kl_k1": _mean(kl_penalty(server, trainer, KLEstimator.k1)),
         "loss/clip_fraction": low + high,
         "loss/clip_fraction_low": low,
         "loss/clip_fraction_high": high,

@@ -121,7 +121,8 @@ def launch(config_path: str | None, overrides: Sequence[str], config: Config, pr
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path))
     make_log_folder(config)
     environment = dict(os.environ)
-    arguments = [*overrides, f"model.path={json.dumps(model_path)}"]
+    # What was settled here holds for servers and trainers alike.
+    arguments = [*overrides, f"model.path={json.dumps(model_path)}", f"model.dtype={config.model.dtype.value}"]
     with ExitStack() as stack:
         check = _nothing_to_check
         if not config.rollout.urls:

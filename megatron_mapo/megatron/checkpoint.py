@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 
 from megatron_mapo.errors import CheckpointError
+from megatron_mapo.megatron.model import PolicyModel
 from megatron_mapo.megatron.policy import Policy
 from megatron_mapo.megatron.runtime import Runtime
 
@@ -94,6 +95,19 @@ def save(policy: Policy, runtime: Runtime, folder: Path, step: int, state: dict[
             shutil.rmtree(old)
     runtime.barrier()
     return final
+
+
+def load_model(model: PolicyModel, path: Path) -> None:
+    """Bring only the weights back, in whatever layout ``model`` has. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model, or cannot be read.
+    """
+    try:
+        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_metadata())}, str(path))
+        model.load_state_dict(state["model"], strict=True)
+    except Exception as error:  # megatron raises many types; whichever it is, the file is named
+        raise CheckpointError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
 
 def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:

@@ -99,29 +99,43 @@ class SafetensorsFolder:
                 raise DataError(f"model.path: {file} is not a readable safetensors file: {error}") from error
             self.handles.update(dict.fromkeys(handle.keys(), handle))
 
-    def read(self, name: str, dim: int | None, parts: int, part: int, size: int | None = None) -> Tensor:
-        """Part ``part`` of ``parts`` along ``dim`` (None: all), after padding ``dim`` with zeros to ``size``."""
+    def read(self, name: str, shape: list[int], dim: int | None, parts: int, part: int) -> Tensor:
+        """Part ``part`` of ``parts`` along ``dim`` (None: all) of a tensor that must have this whole ``shape``.
+
+        A dimension that the parts do not divide is padded with zeros at its end.
+        """
         if name not in self.handles:
             raise DataError(f"model.path: tensor {name} is missing in {self.path}")
+        view = self.handles[name].get_slice(name)
+        if view.get_shape() != shape:
+            raise DataError(f"model.path: {name} has shape {view.get_shape()} in {self.path}, expected {shape}")
         if dim is None:
             return self.handles[name].get_tensor(name)
-        view = self.handles[name].get_slice(name)
-        real = view.get_shape()[dim]
-        if (size or real) % parts:
-            raise DataError(
-                f"model.path: {name} has {real} entries along dimension {dim}, "
-                f"which actor.parallel.tensor={parts} does not divide"
-            )
-        width = (size or real) // parts
-        start, stop = part * width, min((part + 1) * width, real)
+        width = -(-shape[dim] // parts)
+        start, stop = part * width, min((part + 1) * width, shape[dim])
         piece = view[start:stop] if dim == 0 else view[:, start:stop]
         if stop - start < width:
             piece = torch.cat([piece, piece.new_zeros(width - (stop - start), *piece.shape[1:])])
         return piece
 
 
+def _shapes(entry: Entry, hf: PretrainedConfig, parts: int) -> list[list[int]]:
+    """Whole shape of each Hugging Face tensor of an entry that is cut into ``parts``."""
+    rows, *rest = entry.value.shape
+    if entry.kind == "copy":
+        return [[rows, *rest]]
+    if entry.kind == "rows":
+        return [[hf.vocab_size, *rest]]
+    if entry.kind == "columns":
+        return [[rows, rest[0] * parts]]
+    if entry.kind == "gate_up":
+        return [[rows * parts // 2, *rest]] * 2
+    dim = head_dim(hf)
+    return [[heads * dim, *rest] for heads in (hf.num_attention_heads, *[hf.num_key_value_heads] * 2)]
+
+
 @torch.no_grad()
-def load_weights(model: PolicyModel, path: str | Path) -> None:
+def load_weights(model: PolicyModel, hf: PretrainedConfig, path: str | Path) -> None:
     """Fill ``model`` from a Hugging Face folder.
 
     Raises:
@@ -130,27 +144,17 @@ def load_weights(model: PolicyModel, path: str | Path) -> None:
     folder = SafetensorsFolder(path)
     group = parallel_state.get_tensor_model_parallel_group()
     size, rank = group.size(), group.rank()
-    config = model.config
     used = set()
     for entry in entries(model):
         used.update(entry.names)
-        if entry.kind == "copy":
-            value = folder.read(entry.names[0], None, size, rank)
-        elif entry.kind == "rows":
-            value = folder.read(entry.names[0], 0, size, rank, size=model.vocab_size)
-        elif entry.kind == "columns":
-            value = folder.read(entry.names[0], 1, size, rank)
-        elif entry.kind == "gate_up":
-            value = torch.cat([folder.read(n, 0, size, rank) for n in entry.names])
-        else:
-            groups = config.num_query_groups // size
-            parts = (folder.read(n, 0, size, rank) for n in entry.names)
+        dim = {"copy": None, "columns": 1}.get(entry.kind, 0)
+        shapes = _shapes(entry, hf, size)
+        parts = [folder.read(n, s, dim, size, rank) for n, s in zip(entry.names, shapes, strict=True)]
+        if entry.kind == "qkv":
+            groups = hf.num_key_value_heads // size
             value = torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 1)
-        if value.shape != entry.value.shape:
-            raise DataError(
-                f"model.path: {' + '.join(entry.names)} has shape {tuple(value.shape)} on this rank, "
-                f"expected {tuple(entry.value.shape)}"
-            )
+        else:
+            value = torch.cat(parts)
         entry.value.copy_(value)
     _refuse_unexpected(folder, model, used)
 

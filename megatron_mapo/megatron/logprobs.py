@@ -60,6 +60,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, normalizer, entropy = ctx.saved_tensors
         grad_logprobs, grad_entropy = grads
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
         grad_hidden = torch.zeros_like(hidden)
         # Summed over chunks in float32: bfloat16 would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from megatron_mapo.algorithms.policy_loss import policy_loss
 from megatron_mapo.config import Config, LossAggregation
@@ -78,16 +79,34 @@ def token_weights(batch: SequenceBatch, aggregation: LossAggregation, max_respon
     return torch.repeat_interleave(per_sequence, lens).float()
 
 
+def build_model(
+    config: Config, path: str | Path, device: torch.device
+) -> tuple[PolicyModel, PretrainedConfig]:
+    """The model of a Hugging Face folder in this rank's part of the layout, and its Hugging Face config.
+
+    Raises:
+        DataError: the model is not supported, or its files are not as its config says.
+    """
+    hf = load_hf_config(path)
+    model_config = transformer_config(hf, config.actor, config.model.dtype, device.type == "cpu")
+    model = PolicyModel(
+        model_config, hf, temperature=config.rollout.temperature, logprob_chunk=config.actor.logprob_chunk
+    ).to(device)
+    load_weights(model, hf, path)
+    return model, hf
+
+
 class Policy:
     """The actor, its optimizer, and (if the loss has a KL term) the frozen reference."""
 
     def __init__(self, config: Config, runtime: Runtime, model_path: str | Path, total_updates: int) -> None:
         self.config, self.runtime, self.model_path = config, runtime, Path(model_path)
-        self.hf = load_hf_config(model_path)
-        self.actor = self._build()
+        self.actor, self.hf = build_model(config, model_path, runtime.device)
         self.ddp = data_parallel(self.actor, config.actor.optim)
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.actor.optim, total_updates)
-        self.reference = self._build().eval().requires_grad_(False) if config.actor.loss.kl_coef > 0 else None
+        self.reference: PolicyModel | None = None
+        if config.actor.loss.kl_coef > 0:
+            self.reference = build_model(config, model_path, runtime.device)[0].eval().requires_grad_(False)
         parallel = config.actor.parallel
         self.packing = PackingSpec(
             max_tokens=config.actor.microbatch_tokens,
@@ -96,19 +115,6 @@ class Policy:
             context_parallel=parallel.context,
             multiple=parallel.context * (parallel.tensor if parallel.sequence else 1),
         )
-
-    def _build(self) -> PolicyModel:
-        actor = self.config.actor
-        on_cpu = self.runtime.device.type == "cpu"
-        model_config = transformer_config(self.hf, actor, self.config.model.dtype, on_cpu)
-        model = PolicyModel(
-            model_config,
-            self.hf,
-            temperature=self.config.rollout.temperature,
-            logprob_chunk=actor.logprob_chunk,
-        ).to(self.runtime.device)
-        load_weights(model, self.model_path)
-        return model
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The actor's weights under their Hugging Face names (see ``hf.named_weights``). Collective."""

@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-GRACE = 10.0
+GRACE = 3.0
 """Seconds between asking a server to end and killing it."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36

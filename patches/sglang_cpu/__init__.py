@@ -79,7 +79,8 @@ def apply_in_server() -> None:
     if os.environ.get(ACTIVE) != "1":
         return
     check_version()
-    from megatron_mapo.patches.sglang_cpu import sampling, workers
+    from megatron_mapo.patches.sglang_cpu import attention, sampling, workers
 
+    attention.apply()
     sampling.apply()
     workers.apply()

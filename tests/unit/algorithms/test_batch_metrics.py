@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_mapo.algorithms.advantages import estimate_advantages
-from megatron_mapo.algorithms.metrics import HISTOGRAM_BINS, rollout_metrics, update_metrics
-from megatron_mapo.config import AdvNormConfig, KLEstimator, LossConfig, OldLogprobs
+from megatron_mapo.algorithms.metrics import HISTOGRAM_BINS, mismatch_metrics, rollout_metrics, update_metrics
+from megatron_mapo.config import AdvNormConfig, KLEstimator, LossConfig
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import DataError
 
@@ -87,7 +87,8 @@ def random_columns(n):
 def update(c, config, with_ref=True):
     t = {name: torch.tensor(values, dtype=torch.float64) for name, values in c.items()}
     ref = t["ref"] if with_ref else None
-    return update_metrics(t["new"], t["old"], t["server"], t["adv"], t["entropy"], config, ref)
+    done = update_metrics(t["new"], t["old"], t["adv"], t["entropy"], config, ref)
+    return done | mismatch_metrics(t["old"], t["server"])
 
 
 def test_update_metrics_match_plain_python():
@@ -108,6 +109,7 @@ def test_update_metrics_match_plain_python():
         "mismatch/abs_max": gap[-1],
         "mismatch/kl": sum(math.exp(d) - 1 - d for d in back) / n,
         "mismatch/kl_k1": -sum(back) / n,
+        "mismatch/tokens": n,
         "loss/clip_fraction": low + high,
         "loss/clip_fraction_low": low,
         "loss/clip_fraction_high": high,
@@ -120,19 +122,13 @@ def test_update_metrics_match_plain_python():
     assert metrics == pytest.approx(expected, rel=1e-9)
 
 
-def test_mismatch_is_measured_against_the_policy_when_old_logprobs_are_the_servers():
-    c = random_columns(100)
-    c["old"] = c["server"]
-    metrics = update(c, LossConfig(old_logprobs=OldLogprobs.rollout), with_ref=False)
-    assert metrics["mismatch/abs_mean"] == pytest.approx(
-        sum(abs(a - b) for a, b in zip(c["server"], c["new"], strict=True)) / 100
-    )
-    assert "loss/kl_ref" not in metrics
+def test_reference_kl_only_with_a_reference():
+    assert "loss/kl_ref" not in update(random_columns(100), LossConfig(), with_ref=False)
 
 
 def test_no_tokens_give_zeros():
     empty = torch.zeros(0)
-    metrics = update_metrics(empty, empty, empty, empty, empty, LossConfig(), empty)
+    metrics = update_metrics(empty, empty, empty, empty, LossConfig(), empty) | mismatch_metrics(empty, empty)
     assert set(metrics.values()) == {0.0}
     assert "loss/kl_ref" in metrics
 
@@ -142,6 +138,6 @@ def test_percentile_beyond_the_limit_of_torch_quantile():
     zeros = torch.zeros(n)
     server = torch.zeros(n)
     server[: n // 50] = 1.0
-    metrics = update_metrics(zeros, zeros, server, zeros, zeros, LossConfig())
+    metrics = mismatch_metrics(zeros, server)
     assert metrics["mismatch/abs_p99"] == 1.0
     assert metrics["mismatch/abs_mean"] == pytest.approx(0.02, rel=1e-5)

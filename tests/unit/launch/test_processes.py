@@ -121,12 +121,15 @@ class TestTeardown:
         def server_died() -> None:
             raise RolloutError("the server ended")
 
-        with (
-            pytest.raises(RolloutError, match="the server ended"),
-            Kept(python(FAMILY, str(tmp_path / "pids"))) as child,
-        ):
-            pids = family_pids(tmp_path / "pids")
-            supervise([child], server_died)
+        def launch() -> None:
+            with Kept(python(FAMILY, str(tmp_path / "pids"))) as child:
+                pids.extend(family_pids(tmp_path / "pids"))
+                supervise([child], server_died)
+
+        pids: list[int] = []
+        with pytest.raises(RolloutError, match="the server ended"):
+            launch()
+        assert len(pids) == 2
         assert not any(map(is_alive, pids))
 
     def test_a_lost_dependency_is_the_error_when_the_command_failed_of_it(self) -> None:

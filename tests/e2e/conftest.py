@@ -1,0 +1,102 @@
+"""A tiny model, a tiny task, and one real SGLang server for the whole folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_models import make_tiny_model
+
+from megatron_mapo.config import Dtype, ModelConfig, ServerConfig
+from megatron_mapo.rollout.server import ServerGroup
+
+API_KEY = "a-key-for-tests"
+VERIFIERS = '''"""Verifiers for a model that only babbles."""
+import time
+
+
+def even(response, answer, metadata):
+    """About half of all responses are right, whatever the model says."""
+    return sum(map(ord, response)) % 2 == 0
+
+
+def broken(response, answer, metadata):
+    raise ValueError("no such answer")
+
+
+def hanging(response, answer, metadata):
+    time.sleep(3600)
+'''
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the model, the data, the verifiers and ``config.yaml``."""
+    folder = tmp_path_factory.mktemp("e2e")
+    make_tiny_model(folder / "model")
+    (folder / "verifiers.py").write_text(VERIFIERS)
+    rows = [{"question": f"What is {a} plus {a * 7 % 5}?", "answer": str(a + a * 7 % 5)} for a in range(20)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[16:]))
+    (folder / "config.yaml").write_text(
+        f"""
+run: {{name: base, output_dir: {folder / "runs"}}}
+model: {{path: {folder / "model"}, dtype: float32}}
+data: {{train: train.jsonl, eval: heldout.jsonl}}
+reward: {{name: "{folder / "verifiers.py"}:even", timeout: 20}}
+actor: {{optim: {{lr: 1.0e-3}}, microbatch_tokens: 512}}
+rollout:
+  prompts_per_step: 4
+  responses_per_prompt: 4
+  max_prompt_tokens: 128
+  max_response_tokens: 12
+  timeout: 60
+  retries: 1
+  server: {{port: 0, threads: 1, max_total_tokens: 8192, startup_timeout: 240}}
+  sync: {{timeout: 60}}
+trainer: {{steps: 3, save_interval: 1, threads: 1, evaluation: {{samples: 2}}}}
+tracking: {{plots: false}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server_url(workspace: Path) -> Iterator[str]:
+    """A server that outlives the runs."""
+    config = ServerConfig(port=0, threads=1, max_total_tokens=8192, startup_timeout=240.0)
+    model = ModelConfig(path=str(workspace / "model"), dtype=Dtype.float32)
+    with ServerGroup(config, model, workspace / "logs", API_KEY) as group:
+        yield group.urls[0]
+
+
+def environment() -> dict[str, str]:
+    """Of child processes: the server's key, and one thread each."""
+    return {**os.environ, "MAPO_API_KEY": API_KEY, "OMP_NUM_THREADS": "1"}
+
+
+def command(workspace: Path, *overrides: str, processes: int = 1) -> list[str]:
+    """How a user starts the trainers by hand."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [
+        *(sys.executable, *torchrun, "-m", "megatron_mapo.train"),
+        *("--config", str(workspace / "config.yaml"), *overrides),
+    ]
+
+
+def run(arguments: Sequence[str], timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def rows(path: Path) -> list[dict]:
+    """Rows of a jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

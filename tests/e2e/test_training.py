@@ -1,0 +1,171 @@
+"""Whole runs: real Megatron-core trainers, a real SGLang server, a tiny model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, environment, rows, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+LOGGED = """
+reward/mean reward/accuracy response/length_mean response/truncated group/zero_advantage group/p_hist_00
+group/lambda_hist_00 staleness/max weights/version mismatch/abs_mean mismatch/abs_p99 mismatch/abs_max mismatch/kl
+loss/clip_fraction loss/entropy optim/grad_norm seconds/rollout seconds/update seconds/weight_sync
+speed/tokens_per_second
+""".split()
+
+
+def same(a: list[dict], b: list[dict], *, but: tuple[str, ...] = ("time", "seconds", "speed", "memory")) -> bool:
+    """Whether two runs logged the same numbers, clocks aside."""
+
+    def numbers(table: list[dict]) -> list[dict]:
+        return [{k: v for k, v in row.items() if not k.startswith(but)} for row in table]
+
+    return numbers(a) == numbers(b)
+
+
+@pytest.fixture(scope="module")
+def straight(workspace: Path, server_url: str) -> Path:
+    """An undisturbed run of three steps."""
+    done = run(command(workspace, f"rollout.urls=[{server_url}]", "run.name=straight", "trainer.export=true"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workspace / "runs" / "straight"
+
+
+def test_every_step_logs_what_makes_the_numbers_trustworthy(straight: Path) -> None:
+    table = rows(straight / "metrics.jsonl")
+    assert [row["step"] for row in table] == [1, 2, 3]
+    assert [row["weights/version"] for row in table] == [0, 1, 2]
+    for row in table:
+        assert not [name for name in LOGGED if row.get(name) is None]
+        assert 0 < row["mismatch/abs_max"] < 1e-3
+        assert row["staleness/max"] == 0
+    assert any(row["optim/grad_norm"] > 0 for row in table)
+
+
+def test_the_export_is_what_was_trained(straight: Path, workspace: Path) -> None:
+    before, after = load_file(workspace / "model/model.safetensors"), load_file(straight / "export/model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    AutoModelForCausalLM.from_pretrained(straight / "export")
+    assert (straight / "export/chat_template.jinja").is_file()
+
+
+def test_the_checkpoint_exports_the_same_weights(straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    done = run([sys.executable, "-m", "megatron_mapo", "export", str(straight), str(out)])
+    assert done.returncode == 0, done.stderr
+    here, there = load_file(straight / "export/model.safetensors"), load_file(out / "model.safetensors")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(straight: Path, workspace: Path, server_url: str) -> None:
+    arguments = command(workspace, f"rollout.urls=[{server_url}]", "run.name=killed", "trainer.steps=3")
+    folder = workspace / "runs" / "killed"
+    child = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints/step_000001").is_dir():
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    done = run(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming from" in done.stdout
+    assert same(rows(folder / "metrics.jsonl"), rows(straight / "metrics.jsonl"))
+    assert rows(folder / "samples.jsonl") == rows(straight / "samples.jsonl")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["actor.parallel.tensor=2"],
+        ["actor.parallel.pipeline=2"],
+        ["actor.parallel.context=2"],
+        ["actor.parallel.tensor=1"],
+    ],
+    ids=["tensor", "pipeline", "context", "data"],
+)
+def test_two_ranks_do_what_one_does(overrides: list[str], straight: Path, workspace: Path, server_url: str) -> None:
+    name = overrides[0].replace("=", "-")
+    done = run(
+        command(workspace, f"rollout.urls=[{server_url}]", f"run.name={name}", "trainer.steps=1", *overrides, processes=2)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    here, there = rows(workspace / "runs" / name / "metrics.jsonl")[0], rows(straight / "metrics.jsonl")[0]
+    for key in ("reward/mean", "loss/total", "loss/entropy", "optim/grad_norm", "response/length_mean"):
+        assert here[key] == pytest.approx(there[key], rel=1e-5, abs=1e-7), key
+
+
+def test_mini_batches_reference_and_disk_sync(workspace: Path, server_url: str) -> None:
+    done = run(
+        command(
+            workspace,
+            f"rollout.urls=[{server_url}]",
+            "run.name=several",
+            "trainer.steps=2",
+            "actor.mini_batches=2",
+            "actor.epochs=2",
+            "actor.loss.kl_coef=0.1",
+            "rollout.sync.mode=disk",
+            "rollout.temperature=0.7",
+        )
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in rows(workspace / "runs/several/metrics.jsonl"):
+        assert row["optim/updates"] == 4
+        assert row["mismatch/abs_max"] < 1e-3
+        assert row["loss/kl_ref"] is not None
+
+
+def test_launch_starts_and_ends_everything(workspace: Path) -> None:
+    arguments = [sys.executable, "-m", "megatron_mapo", "launch", "local", "--config", str(workspace / "config.yaml")]
+    done = run([*arguments, "run.name=launched", "trainer.steps=1"], timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(rows(workspace / "runs/launched/metrics.jsonl")) == 1
+    assert not _processes_with("run.name=launched")
+
+
+def test_launch_leaves_nothing_behind_when_killed(workspace: Path) -> None:
+    arguments = [sys.executable, "-m", "megatron_mapo", "launch", "local", "--config", str(workspace / "config.yaml")]
+    child = subprocess.Popen(
+        [*arguments, "run.name=orphans", "trainer.steps=1000"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = workspace / "runs/orphans/metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text()):
+        assert child.poll() is None, "the launcher ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    deadline = time.monotonic() + 60
+    while left := _processes_with(str(workspace / "runs/orphans")) + _processes_with("run.name=orphans"):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.5)
+
+
+def _processes_with(text: str) -> list[tuple[int, str]]:
+    """Processes whose command line or environment mentions ``text``, but for this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if text in line and int(folder.name) != os.getpid():
+            found.append((int(folder.name), line))
+    return found

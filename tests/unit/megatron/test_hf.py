@@ -1,0 +1,285 @@
+"""Hugging Face folders: the same numbers as transformers, the same bits on the way back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_mapo.config import Config, Dtype
+from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.errors import DataError
+from megatron_mapo.megatron.hf import load_weights, named_weights, save_folder
+from megatron_mapo.megatron.model import load_hf_config
+from megatron_mapo.megatron.policy import Policy, build_model
+from megatron_mapo.megatron.runtime import Runtime
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama_untied": ("llama_untied", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "llama3_rope": ("llama", {"rope_parameters": LLAMA3}),
+    "llama3_rope_steep": ("llama", {"rope_parameters": LLAMA3 | {"factor": 32.0, "high_freq_factor": 8.0}}),
+    "odd_vocabulary": ("llama_untied", {"vocab": 301}),
+    "rope_base": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds each tiny model once."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def build(variant: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (variant, dtype) not in made:
+            arch, shape = VARIANTS[variant]
+            made[variant, dtype] = make_tiny_model(tmp_path_factory.mktemp(variant), arch, dtype, **shape)
+        return made[variant, dtype]
+
+    return build
+
+
+def ragged_batch() -> SequenceBatch:
+    """Six groups; prompts and responses from 1 to 200 tokens, one response empty."""
+    g = torch.Generator().manual_seed(3)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, 260, (n,), generator=g).tolist()
+
+    prompts, responses, ids = [], [], []
+    for group, (prompt_len, lens) in enumerate([(1, [1, 5]), (40, [3, 17, 2]), (7, [200]), (150, [9, 0, 30]), (2, [1])]):
+        prompt = tokens(prompt_len)
+        for n in lens:
+            prompts.append(prompt)
+            responses.append(tokens(n))
+            ids.append(group)
+    return SequenceBatch.from_responses(prompts, responses, group_ids=ids)
+
+
+@torch.no_grad()
+def transformers_scores(path: Path, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    logprobs, entropies = [], []
+    for i in range(len(batch)):
+        tokens = batch.tokens[batch.offsets[i] : batch.offsets[i + 1]].long()
+        logp = model(tokens[None]).logits[0].double().log_softmax(-1)[int(batch.prompt_lens[i]) - 1 : -1]
+        logprobs.append(logp.gather(1, tokens[int(batch.prompt_lens[i]) :, None])[:, 0])
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_equal_those_of_transformers(
+    variant: str, folder: Callable[..., Path], config: Config, runtime: Runtime
+) -> None:
+    batch, path = ragged_batch(), folder(variant)
+    expected = transformers_scores(path, batch)
+    policy = Policy(config, runtime, path, 1)
+    for share, limit in ((True, 8192), (False, 300)):
+        policy.packing = type(policy.packing)(max_tokens=limit, share_prompts=share)
+        scores = policy.log_probs(batch)
+        assert scores.computed.all()
+        for mine, theirs in zip((scores.logprobs, scores.entropy), expected, strict=True):
+            assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_scaled_rope_is_not_the_plain_one(folder: Callable[..., Path]) -> None:
+    """Otherwise the comparison above could not tell them apart: the weights are the same."""
+    batch = ragged_batch()
+    plain, scaled, steep = (
+        transformers_scores(folder(v), batch)[0] for v in ("llama", "llama3_rope", "llama3_rope_steep")
+    )
+    assert (plain - scaled).abs().max() > 0.1
+    assert (steep - scaled).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["llama", "llama_untied", "qwen2", "qwen3", "odd_vocabulary"])
+def test_weights_come_back_bit_by_bit(
+    variant: str, dtype: torch.dtype, folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    source = folder(variant, dtype)
+    config.model.dtype = Dtype.float32 if dtype is torch.float32 else Dtype.bfloat16
+    model, hf = build_model(config, source, runtime.device)
+    out = save_folder(named_weights(model, hf), source, tmp_path / "out")
+    assert_same_tensors(load_file(out / "model.safetensors"), load_file(source / "model.safetensors"))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    tokens = torch.arange(20)[None]
+    one, two = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(tokens).logits for p in (out, source))
+    assert torch.equal(one, two)
+    assert AutoTokenizer.from_pretrained(out).encode("the answer") == [
+        *AutoTokenizer.from_pretrained(source).encode("the answer")
+    ]
+
+
+def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+def test_several_files_and_their_index(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    source = folder("llama_untied")
+    model, hf = build_model(config, source, runtime.device)
+    out = save_folder(named_weights(model, hf), source, tmp_path / "out", shard_bytes=100_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    found: dict[str, Tensor] = {}
+    for file in files:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 100_000
+        assert {n for n, f in index["weight_map"].items() if f == file.name} == set(tensors)
+        found |= tensors
+    assert_same_tensors(found, load_file(source / "model.safetensors"))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    tokens = torch.arange(20)[None]
+    one, two = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(tokens).logits for p in (out, source))
+    assert torch.equal(one, two)
+    # What was written can be read again, shards and all, and saving over it leaves no old file behind.
+    load_weights(model, hf, out)
+    save_folder(named_weights(model, hf), out, out)
+    assert [f.name for f in out.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_folder(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    source = folder("llama")
+    model, hf = build_model(config, source, runtime.device)
+    out = save_folder(named_weights(model, hf), source, tmp_path / "out")
+
+    def broken():
+        yield next(named_weights(model, hf))
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        save_folder(broken(), source, out)
+    assert_same_tensors(load_file(out / "model.safetensors"), load_file(source / "model.safetensors"))
+
+
+def change_tensors(source: Path, out: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    shutil.copytree(source, out)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+LAYER = "model.layers.1."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(LAYER + "mlp.up_proj.weight"), r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"),
+        (lambda t: t.pop("model.norm.weight"), r"tensor model\.norm\.weight is missing"),
+        (lambda t: t.update(surprise=torch.zeros(1)), "unexpected tensors in .*: surprise"),
+        (
+            lambda t: t.update({LAYER + "self_attn.q_proj.bias": torch.zeros(64)}),
+            r"unexpected tensors in .*q_proj\.bias",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.zeros(64)}),
+            r"unexpected tensors in .*model\.layers\.2",
+        ),
+    ],
+)
+def test_missing_and_unexpected_tensors_are_named(
+    change: Callable, message: str, folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    path = change_tensors(folder("llama"), tmp_path / "bad", change)
+    with pytest.raises(DataError, match=message):
+        build_model(config, path, runtime.device)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.norm.weight", (63,)),
+        ("model.embed_tokens.weight", (500, 64)),
+        ("model.embed_tokens.weight", (600, 64)),
+        ("model.embed_tokens.weight", (512, 63)),
+        (LAYER + "self_attn.q_proj.weight", (62, 64)),
+        (LAYER + "self_attn.k_proj.weight", (33, 64)),
+        (LAYER + "self_attn.v_proj.weight", (32, 60)),
+        (LAYER + "self_attn.o_proj.weight", (64, 62)),
+        (LAYER + "mlp.gate_proj.weight", (100, 64)),
+        (LAYER + "mlp.down_proj.weight", (64, 130)),
+    ],
+)
+def test_a_wrong_shape_is_named(
+    name: str, shape: tuple[int, ...], folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    path = change_tensors(folder("llama"), tmp_path / "bad", lambda t: t.update({name: torch.zeros(shape)}))
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        build_model(config, path, runtime.device)
+
+
+def test_shapes_that_are_only_right_together_are_refused(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    """Gate and up stand in one matrix: rows that one lacks and the other has too many must not even out."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[LAYER + "mlp.gate_proj.weight"] = torch.zeros(100, 64)
+        tensors[LAYER + "mlp.up_proj.weight"] = torch.zeros(156, 64)
+
+    path = change_tensors(folder("llama"), tmp_path / "bad", change)
+    with pytest.raises(DataError, match=r"gate_proj"):
+        build_model(config, path, runtime.device)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported; supported: llama, qwen2, qwen3"),
+        ({"model_type": None}, "architecture None is not supported"),
+        ({"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope_type='yarn'; supported: default, llama3"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"attention_bias": True}, "attention_bias=true"),
+    ],
+)
+def test_models_that_are_not_vouched_for(
+    change: dict[str, Any], message: str, folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = json.loads((folder("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(DataError, match=message):
+        load_hf_config(tmp_path)
+
+
+def test_folders_without_what_is_needed(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"config\.json does not exist"):
+        build_model(config, tmp_path, runtime.device)
+    shutil.copy(folder("llama") / "config.json", tmp_path)
+    with pytest.raises(DataError, match=r"no \*\.safetensors file"):
+        build_model(config, tmp_path, runtime.device)
+    (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(DataError, match=r"model\.safetensors is not a readable safetensors file"):
+        build_model(config, tmp_path, runtime.device)
