@@ -137,6 +137,11 @@ def measure_rates(model: Matrices, sequences: int, dtype: torch.dtype) -> dict[s
     }
 
 
+def faster(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """The higher of two measurements of each rate: a floor needs what the machine can do at best."""
+    return {name: max(rate, other[name]) for name, rate in one.items()}
+
+
 def floor_seconds(flops: StepFlops, rates: dict[str, float]) -> dict[str, float]:
     """Seconds that the products alone take: prompts and training at the ``wide`` rate, decoding at ``decode``."""
     generation = flops.prefill / rates["wide"] + flops.decode / rates["decode"]

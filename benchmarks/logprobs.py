@@ -19,6 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def measure(case: _Case, methods: dict[str, Method], runs: int) -> dict[str, dic
             start = time.perf_counter()
             case.both(method)
             seconds[name].append(time.perf_counter() - start)
-            extra[name].append(_peak_extra_bytes(lambda method=method: case.both(method)))
+            extra[name].append(_peak_extra_bytes(partial(case.both, method)))
     for name in methods:
         found[name] |= {
             "seconds": statistics.median(seconds[name]),
@@ -164,7 +165,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, metavar="S", help="tokens (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=576, metavar="H", help="hidden size (default: %(default)s)")
     parser.add_argument("--vocab", type=int, default=49152, metavar="V", help="vocabulary (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=256, metavar="C", help="actor.logprob_chunk (default: %(default)s)")
+    parser.add_argument(
+        "--chunk", type=int, default=256, metavar="C", help="actor.logprob_chunk (default: %(default)s)"
+    )
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each method (default: %(default)s)")
     parser.add_argument("--dtype", choices=[d.value for d in Dtype], default="auto", help="auto: what is fast here")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/ beside this file)")

@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import re
-import statistics
 import subprocess
 import threading
 import time
@@ -61,7 +60,8 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
     flags = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in machine["cpu_flags"].items())
     loads = " / ".join(f"{load:.2f}" for load in machine["load_average"])
     return [
-        f"- processor: {machine['cpu']} ({machine['architecture']}), {machine['cores']} cores, L3 {machine['l3_cache']}",
+        f"- processor: {machine['cpu']} ({machine['architecture']}), {machine['cores']} cores",
+        f"- L3 cache: {machine['l3_cache']}",
         f"- vector units: {flags}",
         f"- memory: {machine['memory_gib']} GiB",
         f"- GPUs: {', '.join(machine['gpus']) or 'none'}",
@@ -71,15 +71,15 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
     ]
 
 
-def median_seconds(work: Callable[[], Any], least_seconds: float = _RATE_SECONDS, least_runs: int = 3) -> float:
-    """Median time of ``work``, after one run that does not count."""
+def fastest_seconds(work: Callable[[], Any], least_seconds: float = _RATE_SECONDS, least_runs: int = 5) -> float:
+    """Shortest time of ``work``, after one run that does not count: what disturbs a run can only make it longer."""
     work()
     times: list[float] = []
     while len(times) < least_runs or sum(times) < least_seconds:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def matmul_rate(rows: int, matrices: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> float:
@@ -104,7 +104,7 @@ def matmul_rate(rows: int, matrices: Sequence[tuple[int, int, int]], dtype: torc
             torch.mm(left, weight.t(), out=out)
 
         flops += 2.0 * rows * inputs * outputs * count
-        seconds += median_seconds(product) * count
+        seconds += fastest_seconds(product) * count
     return flops / seconds
 
 

@@ -739,12 +739,6 @@ def _validate_actor(config: Config) -> None:
         "actor.optim.overlap_param_gather=true needs actor.optim.distributed=true and "
         "actor.optim.overlap_grad_reduce=true",
     )
-    updates = config.trainer.steps * actor.mini_batches * actor.epochs
-    _require(
-        optim.warmup_steps < updates,
-        f"actor.optim.warmup_steps ({optim.warmup_steps}) must be below the run's {updates} optimizer steps "
-        "(trainer.steps * actor.mini_batches * actor.epochs)",
-    )
 
 
 def _validate_rollout(config: Config) -> None:

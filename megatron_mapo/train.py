@@ -30,7 +30,9 @@ from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.megatron import checkpoint, hf, runtime
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
 from megatron_mapo.megatron.runtime import Runtime
+from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.session import RolloutSession
+from megatron_mapo.tracking import Tracker
 
 T = TypeVar("T")
 
@@ -62,10 +64,15 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.run_dir = config.run_dir
         self.step = 0
-        self.model_path = self.on_main(self._prepare)
-        updates = config.trainer.steps * config.actor.epochs * config.actor.mini_batches
-        self.policy = Policy(config, runtime, self.model_path, updates)
         self.rollout: RolloutSession | None = None
+        self.tracker: Tracker | None = None
+
+    def open(self) -> None:
+        """Find the model, build the policy, connect to the servers, and resume if there is a checkpoint."""
+        actor = self.config.actor
+        self.model_path = self.on_main(self._prepare)
+        updates = self.config.trainer.steps * actor.epochs * actor.mini_batches
+        self.policy = Policy(self.config, self.runtime, self.model_path, updates)
         self.on_main(self._open_rollout)
         self._resume()
         self.on_main(self._open_tracker)
@@ -82,9 +89,9 @@ class Trainer:
                 # A bug: the others end quietly, rank 0 keeps its traceback.
                 self.runtime.broadcast((None, MapoError(f"rank 0 failed: {type(error).__name__}: {error}")))
                 raise
-        value, error = self.runtime.broadcast(outcome)
-        if error is not None:
-            raise error
+        value, failure = self.runtime.broadcast(outcome)
+        if failure is not None:
+            raise failure
         return value  # type: ignore[return-value]
 
     def main_with_weights(self, work: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
@@ -107,25 +114,21 @@ class Trainer:
         return self.on_main(on_rank_0)
 
     def _prepare(self) -> Path:
-        """Make the run folder and find the model."""
-        from megatron_mapo.quickstart import resolve_model_path
-
+        """Find the model, and refuse a run that is not to be resumed."""
         saved = checkpoint.checkpoints(self.run_dir / "checkpoints")
         if saved and self.config.run.resume is Resume.never:
             raise CheckpointError(
                 f"{self.run_dir} holds a checkpoint of step {saved[-1][0]} and run.resume=never: "
                 "choose another run.name, remove the folder, or set run.resume=auto"
             )
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
         return resolve_model_path(self.config.model.path)
 
     def _open_rollout(self) -> None:
         self.rollout = RolloutSession(self.config, self.model_path, self.runtime.device)
 
     def _open_tracker(self) -> None:
-        from megatron_mapo.tracking import Tracker
-
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
         self.tracker = Tracker(self.run_dir, self.config.tracking, self.config.trainer.steps, self.step)
 
     def _resume(self) -> None:
@@ -143,6 +146,11 @@ class Trainer:
     def _main_rollout(self) -> RolloutSession:
         assert self.rollout is not None, "only rank 0 has a rollout session"
         return self.rollout
+
+    @property
+    def _main_tracker(self) -> Tracker:
+        assert self.tracker is not None, "only rank 0 has a tracker"
+        return self.tracker
 
     def run(self) -> None:
         """Train to the end, from wherever the run stands."""
@@ -277,7 +285,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Score held-out prompts with the servers' current weights."""
         if self.config.data.eval is not None:
-            self.on_main(lambda: self.tracker.log_evaluation(self.step, self._main_rollout.evaluate(self.step)))
+            self.on_main(lambda: self._main_tracker.log_evaluation(self.step, self._main_rollout.evaluate(self.step)))
 
     def save(self) -> None:
         """Write a checkpoint of everything."""
@@ -290,8 +298,10 @@ class Trainer:
         self.main_with_weights(lambda weights: hf.save_folder(weights, self.model_path, out))
 
     def _log(self, batch: SequenceBatch, advantages: Tensor, metrics: dict[str, float]) -> None:
-        self.tracker.log(self.step, metrics)
-        self.tracker.log_samples(self.step, self._main_rollout.describe(batch, advantages, self.config.tracking.samples))
+        self._main_tracker.log(self.step, metrics)
+        self._main_tracker.log_samples(
+            self.step, self._main_rollout.describe(batch, advantages, self.config.tracking.samples)
+        )
 
     def _check_mismatch(self, metrics: dict[str, float]) -> None:
         bound = self.config.rollout.max_logprob_diff
@@ -302,10 +312,10 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """Close servers' connections and files; then leave the process group."""
+        """Close connections, verifier processes and files."""
         if self.rollout is not None:
             self.rollout.close()
-        if hasattr(self, "tracker"):
+        if self.tracker is not None:
             self.tracker.close()
 
 
@@ -316,15 +326,14 @@ def _response_tokens(batch: SequenceBatch, index: Tensor) -> Tensor:
 
 def train(config: Config) -> None:
     """Run a whole configuration on this rank."""
-    trainers = runtime.initialize(config)
-    trainer = None
+    process = runtime.initialize(config)
+    trainer = Trainer(config, process)
     try:
-        trainer = Trainer(config, trainers)
+        trainer.open()
         trainer.run()
     finally:
-        if trainer is not None:
-            trainer.close()
-    trainers.close()
+        trainer.close()
+    process.close()
 
 
 def main(argv: list[str] | None = None) -> int:

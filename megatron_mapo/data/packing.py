@@ -69,9 +69,7 @@ class AttentionBlock:
 
     def to(self, device: torch.device) -> AttentionBlock:
         """The block on ``device``."""
-        return AttentionBlock(
-            *(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self))
-        )
+        return AttentionBlock(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
@@ -187,8 +185,10 @@ def plan_microbatches(batch: SequenceBatch, spec: PackingSpec) -> list[list[Tens
         pieces = _pieces(groups, prefix, own, cap=min(limit, max(1, math.ceil(total / bins))))
         packed = _balance(pieces, bins, limit)
         if packed is not None:
-            return [[torch.tensor(b, dtype=torch.int64) for b in packed[r :: spec.data_parallel]]
-                    for r in range(spec.data_parallel)]
+            return [
+                [torch.tensor(b, dtype=torch.int64) for b in packed[r :: spec.data_parallel]]
+                for r in range(spec.data_parallel)
+            ]
         count += 1
 
 
@@ -196,7 +196,8 @@ def _pieces(groups: dict[int, list[int]], prefix: list[int], own: list[int], cap
     """Groups as (tokens, sequences); one above ``cap`` tokens is cut, each part computing the prompt again."""
     pieces = []
     for owner, members in groups.items():
-        size, part = prefix[owner], []
+        size = prefix[owner]
+        part: list[int] = []
         for i in members:
             if part and size + own[i] > cap:
                 pieces.append((size, part))
@@ -322,9 +323,7 @@ def _attention_plan(pieces: _Pieces, cp: int, context_rank: int) -> AttentionPla
     length = torch.where(merged, prefix_length + length, length)
     prefix_length = torch.where(merged, 0, prefix_length)
     keep = ~single & (length > 0)
-    start, length, prefix_start, prefix_length = (
-        t[keep] for t in (start, length, prefix_start, prefix_length)
-    )
+    start, length, prefix_start, prefix_length = (t[keep] for t in (start, length, prefix_start, prefix_length))
     cu_seqlens, max_seqlen = None, 0
     if cp == 1 and not bool(prefix_length.any()):
         cu_seqlens, max_seqlen = offsets_of(length).int(), int(length.max())
@@ -337,8 +336,8 @@ def _attention_plan(pieces: _Pieces, cp: int, context_rank: int) -> AttentionPla
     for k in key.unique().tolist():
         if k >= 0:
             row = (key == k).nonzero().flatten()
-            args = (t[row] for t in (start, first, queries, prefix_start, prefix_length, keys))
-            blocks.append(_attention_block(*args, cp=cp))
+            of_rows = [t[row] for t in (start, first, queries, prefix_start, prefix_length, keys)]
+            blocks.append(_attention_block(cp, *of_rows))
     return AttentionPlan(blocks, cu_seqlens, max_seqlen)
 
 
@@ -348,7 +347,7 @@ def _bucket(length: Tensor) -> Tensor:
 
 
 def _attention_block(
-    start: Tensor, first: Tensor, queries: Tensor, prefix_start: Tensor, prefix_length: Tensor, keys: Tensor, cp: int
+    cp: int, start: Tensor, first: Tensor, queries: Tensor, prefix_start: Tensor, prefix_length: Tensor, keys: Tensor
 ) -> AttentionBlock:
     i = torch.arange(int(queries.max()))[None]
     j = torch.arange(int(keys.max()))[None]

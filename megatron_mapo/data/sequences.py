@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,8 +68,8 @@ class SequenceBatch:
     truncated: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
 
-    _ROWS = ("prompt_lens", "rewards", "group_ids", "truncated")
-    _DTYPES = {
+    _ROWS: ClassVar = ("prompt_lens", "rewards", "group_ids", "truncated")
+    _DTYPES: ClassVar = {
         "tokens": torch.int32,
         "offsets": torch.int64,
         "prompt_lens": torch.int64,

@@ -8,8 +8,7 @@ Then every descendant is ended. If the keeper itself is killed, the kernel kills
 ``python -m megatron_mapo.launch.keeper --die-with-parent COMMAND...``, which the keeper starts, becomes the
 command after it has asked the kernel for that.
 
-The mechanism is that of the servers' keeper (``rollout.server_main``). Only the standard library is
-imported here, so that a keeper stays small.
+Servers have a keeper of their own (``rollout.server_main``), which also hands them their key.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from megatron_mapo.rollout import server_main
+from megatron_mapo import process_tree
 
 DIE_WITH_PARENT = "--die-with-parent"
 
@@ -37,7 +36,7 @@ def keep(command: Sequence[str]) -> int:
     Returns:
         The command's exit code; 0 when it was ended because the launcher went away or asked for it.
     """
-    server_main._prctl(server_main._PR_SET_CHILD_SUBREAPER, 1)
+    process_tree.adopt_orphans()
     stop, wake = os.pipe()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A handler and not SIG_IGN, which the command would inherit.
@@ -46,14 +45,14 @@ def keep(command: Sequence[str]) -> int:
     child = subprocess.Popen(start, stdin=subprocess.DEVNULL)
     gone = os.pidfd_open(child.pid)
     ready, _, _ = select.select([sys.stdin.fileno(), stop, gone], [], [])
-    server_main._end(child)
+    process_tree.end(child)
     return exit_code(child.returncode) if gone in ready else 0
 
 
 def become(command: Sequence[str]) -> None:
     """Replace this process by ``command``, which then dies with its parent."""
     parent = os.getppid()
-    server_main._prctl(server_main._PR_SET_PDEATHSIG, signal.SIGKILL)
+    process_tree.die_with_parent()
     if os.getppid() != parent:
         raise SystemExit("the parent ended before its command started")
     os.execvp(command[0], list(command))

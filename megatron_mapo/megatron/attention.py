@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mapo.data.packing import AttentionBlock, AttentionPlan, PackedBatch
+from megatron_mapo.data.packing import AttentionBlock, PackedBatch
 
 
 @dataclass
@@ -86,11 +86,12 @@ class PackedAttention(MegatronModule):
         Returns:
             ``[T, 1, heads * dim]``; zeros at tail padding.
         """
-        assert packed_seq_params is not None and packed_seq_params.batch is not None
+        assert packed_seq_params is not None
+        assert packed_seq_params.batch is not None
         plan = packed_seq_params.batch.attention
         query, key, value = (t.squeeze(1) for t in (query, key, value))
-        if plan.cu_seqlens is not None and query.is_cuda:
-            out = self._variable_length(query, key, value, plan)
+        if plan.cu_seqlens is not None and query.is_cuda and query.dtype is not torch.float32:
+            out = _variable_length(query, key, value, plan.cu_seqlens, plan.max_seqlen, self.scale)
         else:
             key, value = self._whole(key), self._whole(value)
             out = torch.zeros_like(query)
@@ -107,14 +108,29 @@ class PackedAttention(MegatronModule):
         stripes = gather_from_sequence_parallel_region(local.contiguous(), group=self.context_group)
         return stripes.view(size, -1, *local.shape[1:]).transpose(0, 1).flatten(0, 1)
 
-    def _variable_length(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
 
-        cu, longest = plan.cu_seqlens, plan.max_seqlen
-        gqa = query.shape[1] != key.shape[1]
-        return varlen_attn(
-            query, key, value, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0), enable_gqa=gqa
-        )
+def _variable_length(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float
+) -> Tensor:
+    """torch's kernel for causal rows one after another; it takes bfloat16 and float16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    # The kernel leaves what lies behind the last row, tail padding, as it found the memory.
+    covered = torch.arange(len(out), device=out.device) < cu_seqlens[-1]
+    return out.where(covered[:, None, None], 0.0)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, block: AttentionBlock, scale: float) -> Tensor:
@@ -139,6 +155,4 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron.model import PolicyModel
@@ -72,22 +73,23 @@ def save(policy: Policy, runtime: Runtime, folder: Path, step: int, state: dict[
     """
     final = folder / f"step_{step:06d}"
     partial = folder / f"step_{step:06d}.partial"
+    error = None
     if runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    runtime.barrier()
+        try:
+            partial.mkdir(parents=True)
+        except OSError as e:
+            error = str(e)
+    _refuse_if_any(runtime, final, error)
     contents = _sharded_state(policy, runtime, is_loading=False)
     contents["schedule"] = policy.scheduler.state_dict()
     contents["loop"] = state
     contents["world_size"] = runtime.world_size
-    error = None
     try:
         dist_checkpointing.save(contents, str(partial))
-    except OSError as e:
-        error = f"rank {runtime.rank}: {e}"
-    failed = [e for e in runtime.gather(error) if e]
-    if failed:
-        raise CheckpointError(f"could not write {final}: {'; '.join(failed)}. Free space in run.output_dir")
+    except (OSError, RuntimeError, CheckpointException) as e:
+        error = _reason(e)
+    _refuse_if_any(runtime, final, error)
     if runtime.is_main:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -95,6 +97,20 @@ def save(policy: Policy, runtime: Runtime, folder: Path, step: int, state: dict[
             shutil.rmtree(old)
     runtime.barrier()
     return final
+
+
+def _refuse_if_any(runtime: Runtime, path: Path, error: str | None) -> None:
+    """Raise on every rank what any of them met. Collective."""
+    failed = [f"rank {rank}: {e}" for rank, e in enumerate(runtime.gather(error)) if e]
+    if failed:
+        raise CheckpointError(f"could not write {path}: {'; '.join(failed)}. Look at run.output_dir and its free space")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line. torch wraps it, with every rank's traceback, in a ``BaseException``."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def load_model(model: PolicyModel, path: Path) -> None:
@@ -106,8 +122,8 @@ def load_model(model: PolicyModel, path: Path) -> None:
     try:
         state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_metadata())}, str(path))
         model.load_state_dict(state["model"], strict=True)
-    except Exception as error:  # megatron raises many types; whichever it is, the file is named
-        raise CheckpointError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
+        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
 
 
 def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
@@ -131,8 +147,8 @@ def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
             state = dist_checkpointing.load(contents, str(path))
             policy.actor.load_state_dict(state["model"], strict=True)
             policy.optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # megatron raises many types; whichever it is, the file is named
-        raise CheckpointError(f"cannot resume from {path}: {type(error).__name__}: {error}") from error
+    except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
+        raise CheckpointError(f"cannot resume from {path}: {_reason(error)}") from error
     policy.scheduler.load_state_dict(common["schedule"])
     if "rng" in state:
         torch.set_rng_state(state["rng"]["torch"])

@@ -86,7 +86,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 dz.div_(ctx.temperature)
             dz = dz.to(hidden.dtype)
             grad_hidden[part] = dz @ weight
-            grad_weight += dz.t() @ hidden[part]
+            if dz.dtype == grad_weight.dtype:
+                grad_weight.addmm_(dz.t(), hidden[part])
+            else:
+                grad_weight += dz.t() @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 

@@ -24,9 +24,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_mapo.config import ActorConfig, Dtype
+from megatron_mapo.config import ActorConfig, Dtype, ParallelConfig
 from megatron_mapo.data.packing import PackedBatch
-from megatron_mapo.errors import DataError
+from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.megatron.attention import PackedParams, layer_spec
 from megatron_mapo.megatron.logprobs import chunked_logprobs
 
@@ -84,13 +84,33 @@ def padded_vocab_size(hf: PretrainedConfig, tensor_parallel: int) -> int:
     return -(-hf.vocab_size // tensor_parallel) * tensor_parallel
 
 
+def check_layout(hf: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Refuse a layout that cuts through a head or a layer.
+
+    Raises:
+        ConfigError: names the key and the number that it does not divide.
+    """
+    for key, size, whole, what in (
+        ("tensor", parallel.tensor, hf.num_key_value_heads, "key/value heads"),
+        ("tensor", parallel.tensor, hf.intermediate_size, "rows of the MLP"),
+        ("pipeline", parallel.pipeline, hf.num_hidden_layers, "layers"),
+    ):
+        if whole % size:
+            raise ConfigError(f"actor.parallel.{key}={size} does not divide the model's {whole} {what}")
+
+
 def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, on_cpu: bool) -> TransformerConfig:
-    """megatron's configuration of this model in this layout."""
+    """megatron's configuration of this model in this layout.
+
+    Raises:
+        ConfigError: the layout does not divide the model.
+    """
     parallel = actor.parallel
+    check_layout(hf, parallel)
     torch_dtype = getattr(torch, dtype.value)
     recompute: dict[str, Any] = {}
     if actor.recompute:
-        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -135,7 +155,7 @@ def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, o
 class LogprobHead(ColumnParallelLinear):
     """The output layer: hidden states in, log-probs and entropies out."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden: Tensor, batch: PackedBatch, weight: Tensor, temperature: float, chunk: int, vocab_size: int
     ) -> Tensor:
         """Score the microbatch.
@@ -219,9 +239,7 @@ class PolicyModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         batch = arguments["packed_seq_params"].batch
-        return self.output_layer(
-            hidden_states, batch, weight, self.temperature, self.logprob_chunk, self.hf_vocab_size
-        )
+        return self.output_layer(hidden_states, batch, weight, self.temperature, self.logprob_chunk, self.hf_vocab_size)
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:

@@ -39,10 +39,12 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW on float32 master weights, and its schedule over ``total_updates`` optimizer steps."""
     dtype = model.config.params_dtype
+    last_lr = optim.lr if optim.schedule.value == "constant" else 0.0
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
+            min_lr=last_lr,
             weight_decay=optim.weight_decay,
             adam_beta1=optim.beta1,
             adam_beta2=optim.beta2,
@@ -59,7 +61,7 @@ def build_optimizer(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
-        min_lr=optim.lr if optim.schedule.value == "constant" else 0.0,
+        min_lr=last_lr,
         lr_warmup_steps=optim.warmup_steps,
         # Update k of n runs at the schedule's step k, so that neither the first nor the last one runs at 0.
         lr_decay_steps=max(total_updates, optim.warmup_steps) + 1,

@@ -79,9 +79,7 @@ def token_weights(batch: SequenceBatch, aggregation: LossAggregation, max_respon
     return torch.repeat_interleave(per_sequence, lens).float()
 
 
-def build_model(
-    config: Config, path: str | Path, device: torch.device
-) -> tuple[PolicyModel, PretrainedConfig]:
+def build_model(config: Config, path: str | Path, device: torch.device) -> tuple[PolicyModel, PretrainedConfig]:
     """The model of a Hugging Face folder in this rank's part of the layout, and its Hugging Face config.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import IO
 from megatron_mapo.config import ModelConfig, ServerConfig
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.patches import sglang_cpu
-from megatron_mapo.rollout.server_main import GRACE
+from megatron_mapo.process_tree import GRACE
 
 TAIL_LINES = 20
 POLL_SECONDS = 0.2
@@ -84,15 +84,16 @@ def choose_ports(config: ServerConfig) -> list[int]:
     return ports
 
 
-def server_arguments(config: ServerConfig, model: ModelConfig, port: int) -> list[str]:
-    """Arguments of ``sglang.launch_server`` for one server on this machine."""
+def server_arguments(config: ServerConfig, model: ModelConfig, port: int, index: int = 0) -> list[str]:
+    """Arguments of ``sglang.launch_server`` for server ``index`` on this machine; on CUDA each has its own GPUs."""
     args = ["--model-path", model.path, "--dtype", model.dtype.value, "--host", config.host, "--port", str(port)]
     args += ["--max-running-requests", str(config.max_running_requests), "--skip-server-warmup"]
     if sglang_cpu.needed():
         args += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph", "--sleep-on-idle"]
         args += ["--mem-fraction-static", "0.3", "--max-total-tokens", str(config.max_total_tokens)]
     else:
-        args += ["--tp-size", str(config.tensor), "--mem-fraction-static", str(config.mem_fraction)]
+        args += ["--tp-size", str(config.tensor), "--base-gpu-id", str(index * config.tensor)]
+        args += ["--mem-fraction-static", str(config.mem_fraction)]
     return [*args, *config.extra_args]
 
 
@@ -241,9 +242,9 @@ class ServerGroup:
         env = self._environment()
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         try:
-            for port in choose_ports(self.config):
+            for index, port in enumerate(choose_ports(self.config)):
                 log = self.log_dir / f"server-{port}.log"
-                args = server_arguments(self.config, self.model, port)
+                args = server_arguments(self.config, self.model, port, index)
                 self.servers.append(Server(f"http://{host}:{port}", log, args, self.api_key, env))
             self._wait()
         except BaseException:

@@ -12,20 +12,14 @@ environment. Only the standard library is imported here, so that a keeper stays 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-GRACE = 3.0
-"""Seconds between asking a server to end and killing it."""
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
+from megatron_mapo import process_tree
 
 
 class Secret(str):
@@ -33,62 +27,6 @@ class Secret(str):
 
     def __repr__(self) -> str:
         return "'***'"
-
-
-def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
-
-
-def _descendants(pid: int) -> list[int]:
-    """Process ids of all descendants of ``pid``, from /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
-                continue
-            parent = int(stat.rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        queue.extend(new := children.get(queue.pop(), []))
-        found.extend(new)
-    return found
-
-
-def _kill(pids: list[int], sig: signal.Signals) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, sig)
-        except ProcessLookupError:
-            continue
-
-
-def _end(server: subprocess.Popen) -> None:
-    """End the server and every descendant: SIGTERM to the server, then SIGKILL to whatever is left.
-
-    The keeper is a subreaper, so that descendants whose parent ended become its children.
-    """
-    if server.poll() is None:
-        server.terminate()
-        deadline = time.monotonic() + GRACE
-        while server.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    while left := _descendants(os.getpid()):
-        _kill(left, signal.SIGKILL)
-        _reap()
-        time.sleep(0.02)
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return
 
 
 def keep(order: dict) -> int:
@@ -100,7 +38,7 @@ def keep(order: dict) -> int:
     Returns:
         The server's exit status; 0 when it was ended because the parent closed the pipe.
     """
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    process_tree.adopt_orphans()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes the pipe
     stop, wake = os.pipe()
     signal.signal(signal.SIGTERM, lambda *_: os.write(wake, b"x"))
@@ -117,14 +55,14 @@ def keep(order: dict) -> int:
     server.stdin.close()
     gone = os.pidfd_open(server.pid)
     ready, _, _ = select.select([sys.stdin.fileno(), stop, gone], [], [])
-    _end(server)
+    process_tree.end(server)
     return 0 if gone not in ready else server.returncode
 
 
 def serve(order: dict) -> None:
     """Run sglang in this process until it ends."""
     parent = os.getppid()
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    process_tree.die_with_parent()
     if os.getppid() != parent or parent == 1:
         raise SystemExit("the keeper of this server ended before it started")
     from megatron_mapo.patches import sglang_cpu

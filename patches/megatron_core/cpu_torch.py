@@ -137,9 +137,8 @@ def build() -> ModuleType:
     distributed = _Proxy(
         dist, scatter=_scatter, broadcast=_contiguous(dist.broadcast), all_reduce=_contiguous(dist.all_reduce)
     )
-    factories = (
-        "tensor zeros ones empty full arange rand randn zeros_like ones_like empty_like full_like"
-    ).split()
+    factories = ["tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn"]
+    factories += ["zeros_like", "ones_like", "empty_like", "full_like"]
     return _Proxy(
         torch, cuda=cuda, distributed=distributed, **{name: _on_cpu(getattr(torch, name)) for name in factories}
     )

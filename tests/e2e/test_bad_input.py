@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import command, run
 
-from megatron_mapo.rollout.server import choose_ports
 from megatron_mapo.config import ServerConfig
+from megatron_mapo.rollout.server import choose_ports
 
 CASES = {
     "unknown key": (["trainer.stepps=3"], 2, "trainer.steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,12 +16,12 @@ from conftest import command, environment, rows, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-LOGGED = """
-reward/mean reward/accuracy response/length_mean response/truncated group/zero_advantage group/p_hist_00
-group/lambda_hist_00 staleness/max weights/version mismatch/abs_mean mismatch/abs_p99 mismatch/abs_max mismatch/kl
-loss/clip_fraction loss/entropy optim/grad_norm seconds/rollout seconds/update seconds/weight_sync
-speed/tokens_per_second
-""".split()
+LOGGED = [
+    *("reward/mean", "reward/accuracy", "response/length_mean", "response/truncated", "group/zero_advantage"),
+    *("group/p_hist_00", "group/lambda_hist_00", "staleness/max", "weights/version", "mismatch/abs_mean"),
+    *("mismatch/abs_p99", "mismatch/abs_max", "mismatch/kl", "loss/clip_fraction", "loss/entropy", "optim/grad_norm"),
+    *("seconds/rollout", "seconds/update", "seconds/weight_sync", "speed/tokens_per_second"),
+]
 
 
 def same(a: list[dict], b: list[dict], *, but: tuple[str, ...] = ("time", "seconds", "speed", "memory")) -> bool:
@@ -99,7 +100,9 @@ def test_a_killed_run_goes_on_with_the_same_numbers(straight: Path, workspace: P
 def test_two_ranks_do_what_one_does(overrides: list[str], straight: Path, workspace: Path, server_url: str) -> None:
     name = overrides[0].replace("=", "-")
     done = run(
-        command(workspace, f"rollout.urls=[{server_url}]", f"run.name={name}", "trainer.steps=1", *overrides, processes=2)
+        command(
+            workspace, f"rollout.urls=[{server_url}]", f"run.name={name}", "trainer.steps=1", *overrides, processes=2
+        )
     )
     assert done.returncode == 0, done.stdout + done.stderr
     here, there = rows(workspace / "runs" / name / "metrics.jsonl")[0], rows(straight / "metrics.jsonl")[0]
@@ -126,6 +129,27 @@ def test_mini_batches_reference_and_disk_sync(workspace: Path, server_url: str) 
         assert row["optim/updates"] == 4
         assert row["mismatch/abs_max"] < 1e-3
         assert row["loss/kl_ref"] is not None
+
+
+def test_the_gsm8k_recipe_runs_on_a_cpu_when_a_few_keys_are_replaced(workspace: Path, server_url: str) -> None:
+    questions = [
+        {"question": f"Tom has {n} apples and buys {n}. How many now?", "answer": f"{n}+{n} = {2 * n}\n#### {2 * n:,}"}
+        for n in (2, 30, 700, 8000)
+    ]
+    (workspace / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    arguments = command(workspace, f"rollout.urls=[{server_url}]", f"run.output_dir={workspace / 'runs'}")
+    arguments[arguments.index("--config") + 1] = str(Path(__file__).parents[2] / "configs/gsm8k_mapo.yaml")
+    small = [
+        *(f"model.path={workspace / 'model'}", "model.dtype=float32", f"data.train={workspace / 'gsm8k.jsonl'}"),
+        *("data.eval=null", "actor.parallel.tensor=1", "actor.parallel.sequence=false", "reward.workers=1"),
+        *("rollout.prompts_per_step=4", "rollout.responses_per_prompt=2", "rollout.max_response_tokens=24"),
+        *("actor.microbatch_tokens=2048", "trainer.steps=3", "trainer.evaluation.interval=0", "trainer.threads=1"),
+    ]
+    done = run([*arguments, *small])
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = rows(workspace / "runs/gsm8k_mapo/metrics.jsonl")
+    assert [row["optim/updates"] for row in table] == [2, 2, 2]
+    assert (workspace / "runs/gsm8k_mapo/export/model.safetensors").is_file()
 
 
 def test_launch_starts_and_ends_everything(workspace: Path) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from conftest import API_KEY, alive, child_environment, descendants, model_config, server_config
-from megatron_mapo.patches import sglang_cpu
 
 from megatron_mapo.errors import RolloutError
+from megatron_mapo.patches import sglang_cpu
 from megatron_mapo.rollout.client import RolloutClient, Sampling, read_api_key
 from megatron_mapo.rollout.server import ServerGroup
 

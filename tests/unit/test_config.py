@@ -194,7 +194,6 @@ class TestContradictions:
             (["actor.microbatch_tokens=2047"], ["actor.microbatch_tokens", "rollout.max_prompt_tokens", "2048"]),
             (["actor.mini_batches=9"], ["actor.mini_batches", "rollout.prompts_per_step"]),
             (["actor.optim.overlap_param_gather=true"], ["actor.optim.overlap_grad_reduce"]),
-            (["actor.optim.warmup_steps=100"], ["actor.optim.warmup_steps", "trainer.steps"]),
             (["rollout.urls=[ftp://a]"], ["rollout.urls", "ftp://a"]),
             (["rollout.urls=['localhost:30000']"], ["rollout.urls"]),
             (["rollout.urls=[http://a:1,http://a:1/]"], ["rollout.urls", "twice"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def check_plain_rows(places: list[Place], plan: AttentionPlan, share: bool) -> N
     starts = [i for i, p in enumerate(places) if p.index == 0]
     assert bounds[: len(starts)] == starts
     assert len(places) in bounds
-    assert plan.max_seqlen == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    assert plan.max_seqlen == max(b - a for a, b in pairwise(bounds))
 
 
 def check(batch: SequenceBatch, spec: PackingSpec) -> list[list[list[int]]]:
@@ -271,7 +272,7 @@ def test_a_sequence_that_just_fits() -> None:
     check(batch, PackingSpec(20))
     with pytest.raises(DataError, match=r"a sequence of 21 tokens does not fit into actor.microbatch_tokens=19"):
         plan_microbatches(batch, PackingSpec(19))
-    with pytest.raises(DataError, match="does not fit into actor.microbatch_tokens=22"):
+    with pytest.raises(DataError, match=r"does not fit into actor.microbatch_tokens=22"):
         plan_microbatches(batch, PackingSpec(22, context_parallel=4, multiple=4))
 
 

@@ -23,7 +23,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def config(tmp_path: Path, model: Path | str, *overrides: str) -> Config:
     data = tmp_path / "train.jsonl"
     data.write_text('{"question": "1+1", "answer": "2"}\n')
-    base = [f"model.path={model}", f"data.train={data}", f"run.output_dir={tmp_path / 'runs'}"]
+    base = [f"model.path={model}", "model.dtype=bfloat16", f"data.train={data}", f"run.output_dir={tmp_path}/runs"]
     return load_config(None, [*base, *overrides])
 
 

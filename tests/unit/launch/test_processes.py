@@ -77,7 +77,8 @@ class TestExitCode:
         with Kept(python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")) as child:
             assert supervise([child], no_check) == 128 + signal.SIGKILL
 
-    def test_of_the_first_failure_among_several(self, tmp_path: Path) -> None:
+    def test_of_the_first_failure_among_several(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("megatron_mapo.launch.processes.FAILURE_SECONDS", WAIT)
         with Kept(python("raise SystemExit(5)")) as bad, Kept(python("import time; time.sleep(2)")) as good:
             assert supervise([good, bad], no_check) == 5
             assert good.poll() == 0, "the others get time to end by themselves"

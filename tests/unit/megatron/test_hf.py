@@ -65,7 +65,8 @@ def ragged_batch() -> SequenceBatch:
         return torch.randint(0, 260, (n,), generator=g).tolist()
 
     prompts, responses, ids = [], [], []
-    for group, (prompt_len, lens) in enumerate([(1, [1, 5]), (40, [3, 17, 2]), (7, [200]), (150, [9, 0, 30]), (2, [1])]):
+    groups = [(1, [1, 5]), (40, [3, 17, 2]), (7, [200]), (150, [9, 0, 30]), (2, [1])]
+    for group, (prompt_len, lens) in enumerate(groups):
         prompt = tokens(prompt_len)
         for n in lens:
             prompts.append(prompt)

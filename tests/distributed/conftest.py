@@ -1,0 +1,54 @@
+"""The frozen batch and the tiny models that all layouts train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Launcher
+from tiny_models import make_tiny_model
+
+from megatron_mapo.data.sequences import SequenceBatch
+
+VOCAB = 301
+"""Odd, so that tensor parallelism has to pad it."""
+MODELS = ("llama", "llama_untied", "qwen2", "qwen3")
+
+
+def frozen_batch() -> SequenceBatch:
+    """Four groups, shared and differing prompts, one empty response, responses from 1 to 31 tokens."""
+    g = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, VOCAB, (n,), generator=g).tolist()
+
+    prompts, responses, ids = [], [], []
+    for group, (prompt_len, lens) in enumerate([(12, [5, 9, 20]), (1, [3, 1]), (33, [31, 2, 0]), (7, [14])]):
+        prompt = tokens(prompt_len)
+        for n in lens:
+            prompts.append(prompt)
+            responses.append(tokens(n))
+            ids.append(group)
+    prompts[1] = [*prompts[1][:-1], (prompts[1][-1] + 1) % VOCAB]
+    return SequenceBatch.from_responses(prompts, responses, group_ids=ids)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts ranks, for all tests of this folder."""
+    found = Launcher()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def frozen(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``batch.safetensors``, one model folder and one file of columns per architecture."""
+    folder = tmp_path_factory.mktemp("frozen")
+    for arch in MODELS:
+        make_tiny_model(folder / arch, arch, vocab=VOCAB)
+    frozen_batch().save(folder / "batch.safetensors")
+    launcher.run(1, "freeze_columns", {"models": MODELS, "folder": str(folder)})
+    return folder

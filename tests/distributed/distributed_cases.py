@@ -1,0 +1,265 @@
+"""What the ranks of the distributed tests do. Every function takes and returns plain JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_mapo.config import Config, load_config
+from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.errors import MapoError
+from megatron_mapo.megatron import checkpoint, runtime
+from megatron_mapo.megatron.hf import named_weights, save_folder
+from megatron_mapo.megatron.logprobs import chunked_logprobs
+from megatron_mapo.megatron.policy import Policy, TokenScores, build_model, token_weights
+from megatron_mapo.megatron.runtime import Runtime
+
+BASE = [
+    "data.train=unused.jsonl",
+    "model.dtype=float32",
+    "rollout.max_prompt_tokens=48",
+    "rollout.max_response_tokens=32",
+    "rollout.prompts_per_step=1",
+    "actor.microbatch_tokens=512",
+    "actor.logprob_chunk=32",
+    # A large step, but a well-conditioned one: at Adam's usual eps a weight whose gradient is rounding
+    # noise would still move by lr.
+    "actor.optim.lr=0.02",
+    "actor.optim.eps=0.01",
+    "actor.optim.weight_decay=0.1",
+    "actor.optim.clip_grad=0.5",
+    "trainer.threads=1",
+]
+
+
+def read_config(model: str, options: list[str]) -> Config:
+    """The tests' base configuration, changed by ``key=value`` options."""
+    return load_config(None, [*BASE, f"model.path={model}", *options])
+
+
+@contextmanager
+def layout(config: Config) -> Iterator[Runtime]:
+    """Megatron's groups for one case; the process group stays for the next one."""
+    found = runtime.initialize(config)
+    try:
+        yield found
+    finally:
+        runtime.parallel_state.destroy_model_parallel()
+
+
+def columns_of(policy: Policy, batch: SequenceBatch, fixed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What ``update`` needs; the reference is measured in this layout, then moved by a fixed amount."""
+    config = policy.config
+    columns = {
+        "advantages": fixed["advantages"],
+        "token_weight": token_weights(batch, config.actor.loss.aggregation, config.rollout.max_response_tokens),
+        "old_logprobs": fixed["old_logprobs"],
+    }
+    if policy.reference is not None:
+        columns["ref_logprobs"] = policy.reference_log_probs(batch).logprobs + fixed["ref_shift"]
+    return columns
+
+
+def reorder(batch: SequenceBatch, columns: dict[str, Tensor], order: Tensor) -> tuple[SequenceBatch, dict, Tensor]:
+    """The batch in another order, its columns likewise, and where each of its response tokens was."""
+    tagged = SequenceBatch(**vars(batch) | {"weight_versions": torch.arange(len(batch.weight_versions)).int()})
+    moved = tagged.select(order)
+    place = moved.weight_versions.long()
+    return moved, {k: v[place] for k, v in columns.items()}, place
+
+
+def scores_in_place(name: str, scores: TokenScores, place: Tensor) -> dict[str, Tensor]:
+    """Scores in the order of the frozen batch."""
+    out = {}
+    for field in ("logprobs", "entropy", "computed"):
+        value = getattr(scores, field)
+        out[f"{name}.{field}"] = torch.empty_like(value).index_copy_(0, place, value)
+    return out
+
+
+def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Two updates on the frozen batch: all that they say and leave behind."""
+    config = read_config(str(folder / case["model"]), case["options"])
+    batch = SequenceBatch.load(folder / "batch.safetensors")
+    fixed = load_file(folder / f"columns_{case['model']}.safetensors")
+    if case["rows"] is not None:
+        few = torch.tensor(case["rows"])
+        batch, fixed, _ = reorder(batch, fixed, few)
+    n = len(batch)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1)) if case["permute"] else torch.arange(n)
+    batch, fixed, place = reorder(batch, fixed, order)
+    found: dict[str, Tensor] = {}
+    with layout(config) as ranks:
+        policy = Policy(config, ranks, config.model.path, total_updates=4)
+        columns = columns_of(policy, batch, fixed)
+        for k in range(2):
+            result = policy.update(batch, columns)
+            found[f"{k}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
+            found[f"{k}.grad_norm"] = torch.tensor(result.grad_norm, dtype=torch.float64)
+            found |= scores_in_place(f"{k}.scores", result.scores, place)
+        found |= scores_in_place("after", policy.log_probs(batch), place)
+        found |= {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
+    return found
+
+
+def train(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str, list[float]]:
+    """Each case in turn; rank 0 writes ``out/NAME.safetensors``. Returns every rank's losses."""
+    losses = {}
+    for name, case in cases.items():
+        found = train_case(case, Path(folder))
+        losses[name] = [float(found["0.loss"]), float(found["1.loss"])]
+        if dist.get_rank() == 0:
+            save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))
+    return losses
+
+
+def freeze_columns(models: list[str], folder: str) -> None:
+    """Advantages, old log-probs (the actor's own, moved by up to 0.4 nat) and the reference's shift."""
+    batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    total = len(batch.rollout_logprobs)
+    advantages = torch.randn(len(batch), generator=generator)[batch.response_sequence]
+    noise, shift = (torch.rand(total, generator=generator) - 0.5 for _ in range(2))
+    for model in models:
+        config = read_config(str(Path(folder) / model), [])
+        with layout(config) as ranks:
+            own = Policy(config, ranks, config.model.path, 1).log_probs(batch).logprobs
+        columns = {"advantages": advantages, "old_logprobs": own + 0.8 * noise, "ref_shift": 0.5 * shift}
+        save_file(columns, str(Path(folder) / f"columns_{model}.safetensors"))
+
+
+def export(cases: dict[str, dict[str, Any]], folder: str, out: str) -> None:
+    """Load and write each model in each layout, without training."""
+    for name, case in cases.items():
+        config = read_config(str(Path(folder) / case["model"]), case["options"])
+        with layout(config) as ranks:
+            model, hf = build_model(config, config.model.path, ranks.device)
+            if ranks.is_main:
+                save_folder(named_weights(model, hf), config.model.path, Path(out) / name)
+            else:
+                for _ in named_weights(model, hf):
+                    pass
+            ranks.barrier()
+
+
+def errors(cases: dict[str, dict[str, Any]], folder: str) -> dict[str, list[str]]:
+    """Type and message of what each case raises on this rank."""
+    out = {}
+    for name, case in cases.items():
+        config = read_config(str(Path(folder) / case["model"]), case["options"])
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        try:
+            with layout(config) as ranks:
+                Policy(config, ranks, config.model.path, 1)
+            out[name] = ["", "nothing was raised"]
+        except MapoError as error:
+            out[name] = [type(error).__name__, str(error)]
+    return out
+
+
+def vocab_parallel(file: str, vocab: int, temperature: float, chunk: int) -> None:
+    """Log-probs over rows cut between the ranks, zero-padded at the end; each rank writes what it got."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    case = load_file(file)
+    rows = -(-vocab // size)
+    padded = torch.full((rows * size, case["weight"].shape[1]), 3.0, dtype=torch.float64)
+    padded[:vocab] = case["weight"]
+    hidden = case["hidden"].requires_grad_()
+    weight = padded[rank * rows : (rank + 1) * rows].clone().requires_grad_()
+    logprobs, entropy = chunked_logprobs(
+        hidden,
+        weight,
+        case["labels"],
+        temperature=temperature,
+        chunk=chunk,
+        vocab_size=vocab,
+        group=dist.group.WORLD,
+    )
+    ((logprobs * case["factor_logprobs"]).sum() + (entropy * case["factor_entropy"]).sum()).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    out = {
+        "logprobs": logprobs.detach(),
+        "entropy": entropy.detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+    }
+    save_file(out, f"{file}.rank{rank}")
+    dist.destroy_process_group()
+
+
+def _continue(policy: Policy, batch: SequenceBatch, columns: dict[str, Tensor], updates: int) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for k in range(updates):
+        result = policy.update(batch, columns)
+        found[f"{k}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
+        found[f"{k}.grad_norm"] = torch.tensor(result.grad_norm, dtype=torch.float64)
+        found[f"{k}.lr"] = torch.tensor(result.learning_rate, dtype=torch.float64)
+    return found | {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
+
+
+def save_and_continue(case: dict[str, Any], folder: str, checkpoints: str, out: str) -> None:
+    """Two updates, a checkpoint, two more updates."""
+    config = read_config(str(Path(folder) / case["model"]), case["options"])
+    batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
+    with layout(config) as ranks:
+        policy = Policy(config, ranks, config.model.path, total_updates=4)
+        columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
+        _continue(policy, batch, columns, 2)
+        checkpoint.save(policy, ranks, Path(checkpoints), 2, {"cursor": [1, 2]}, keep=3)
+        found = _continue(policy, batch, columns, 2)
+        if ranks.is_main:
+            save_file({k: v.contiguous() for k, v in found.items()}, out)
+
+
+def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str, Any]:
+    """Each case: a fresh policy, the checkpoint, two updates. Returns the loop's state of each."""
+    states = {}
+    for name, case in cases.items():
+        config = read_config(str(Path(folder) / case["model"]), case["options"])
+        batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
+        with layout(config) as ranks:
+            policy = Policy(config, ranks, config.model.path, total_updates=4)
+            columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
+            states[name] = checkpoint.load(policy, ranks, Path(case["checkpoint"]))
+            found = _continue(policy, batch, columns, 2)
+            if ranks.is_main:
+                save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))
+    return states
+
+
+def save_where_nothing_can_be_written(model: str, folder: str) -> list[str]:
+    """``folder`` is below a file; every rank must hear of it."""
+    config = read_config(model, [])
+    with layout(config) as ranks:
+        policy = Policy(config, ranks, config.model.path, 1)
+        try:
+            checkpoint.save(policy, ranks, Path(folder), 1, {}, keep=1)
+        except MapoError as error:
+            return [type(error).__name__, str(error)]
+    return ["", "nothing was raised"]
+
+
+def fail_on_rank(rank: int) -> int:
+    """For the test of the harness: one rank fails, the others wait for it for ever."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == rank:
+        raise RuntimeError(f"rank {rank} stumbled in process {os.getpid()}")
+    dist.barrier()
+    return rank
+
+
+def who(greeting: str) -> list[Any]:
+    """For the test of the harness."""
+    dist.init_process_group("gloo")
+    return [greeting, dist.get_rank(), dist.get_world_size()]

@@ -1,0 +1,175 @@
+"""The gradient does not depend on the layout: two updates in every layout against one process.
+
+Loss, gradient norm, every token's log-prob and entropy before each update and after the last, and
+all updated weights. The old log-probs lie up to 0.4 nat off, so that clipping bites in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Launcher
+from safetensors.torch import load_file
+from torch import Tensor
+
+LOSSES = {
+    "token": ["actor.loss.aggregation=token"],
+    "sequence_kl": [
+        "actor.loss.aggregation=sequence",
+        "actor.loss.kl_coef=0.1",
+        "actor.loss.entropy_coef=0.01",
+        "rollout.temperature=0.8",
+    ],
+    "constant": [
+        "actor.loss.aggregation=constant",
+        "actor.optim.clip_grad=0.2",
+        "actor.loss.clip_high=0.3",
+        "actor.loss.kl_coef=0.05",
+    ],
+}
+TP, SP, PP, CP = ([f"actor.parallel.{k}"] for k in ("tensor=2", "sequence=true", "pipeline=2", "context=2"))
+SMALL = ["actor.microbatch_tokens=80"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, and which single-process run it has to equal."""
+
+    ranks: int
+    model: str
+    loss: str
+    options: list[str]
+    rows: list[int] | None = None
+    permute: bool = False
+
+    @property
+    def reference(self) -> str:
+        return f"{self.model}-{self.loss}-{'all' if self.rows is None else 'few'}"
+
+
+FEW = [3, 6]
+CASES = {
+    "recompute": Case(1, "llama", "token", ["actor.recompute=true"]),
+    "small-microbatches": Case(1, "llama_untied", "sequence_kl", SMALL),
+    "prompts-not-shared": Case(1, "llama_untied", "sequence_kl", ["actor.share_prompts=false", *SMALL]),
+    "permuted": Case(1, "llama_untied", "sequence_kl", SMALL, permute=True),
+    "tp2": Case(2, "llama", "token", TP),
+    "tp2-sp": Case(2, "llama_untied", "sequence_kl", TP + SP),
+    "tp2-qwen2": Case(2, "qwen2", "constant", TP + SMALL),
+    "tp2-qwen3": Case(2, "qwen3", "token", TP),
+    "pp2-tied": Case(2, "llama", "token", PP + SMALL),
+    "pp2-untied": Case(2, "llama_untied", "sequence_kl", PP + SMALL),
+    "cp2": Case(2, "llama_untied", "sequence_kl", CP + SMALL),
+    "dp2": Case(2, "llama_untied", "sequence_kl", []),
+    "dp2-permuted": Case(2, "llama", "token", SMALL, permute=True),
+    "dp2-fillers": Case(2, "llama", "token", [], rows=FEW[:1]),
+    "dp2-plain-optimizer": Case(2, "llama", "token", ["actor.optim.distributed=false"]),
+    "dp2-overlap": Case(2, "llama", "token", ["actor.optim.overlap_grad_reduce=true", *SMALL]),
+    "tp2-cp2": Case(4, "llama", "token", TP + CP),
+    "tp2-pp2": Case(4, "llama", "token", TP + PP + SMALL),
+}
+SLOW_CASES = {
+    "dp2-overlap-gather": Case(
+        2,
+        "llama_untied",
+        "sequence_kl",
+        ["actor.optim.overlap_grad_reduce=true", "actor.optim.overlap_param_gather=true"],
+    ),
+    "tp2-sp-qwen2": Case(2, "qwen2", "constant", TP + SP),
+    "tp2-sp-qwen3": Case(2, "qwen3", "token", TP + SP + ["actor.recompute=true"]),
+    "pp2-qwen2": Case(2, "qwen2", "constant", PP),
+    "cp2-qwen3": Case(2, "qwen3", "token", CP),
+    "dp2-plain-optimizer-untied": Case(2, "llama_untied", "sequence_kl", ["actor.optim.distributed=false", *SMALL]),
+    "tp2-sp-cp2": Case(4, "llama_untied", "sequence_kl", TP + SP + CP),
+    "tp2-sp-pp2-untied": Case(4, "llama_untied", "sequence_kl", TP + SP + PP + SMALL),
+    "cp2-pp2": Case(4, "llama", "token", CP + PP + SMALL),
+    "dp2-tp2": Case(4, "llama", "token", TP + SMALL),
+    "dp2-pp2": Case(4, "llama", "token", PP + SMALL),
+    "dp2-cp2": Case(4, "llama_untied", "sequence_kl", CP + SMALL),
+    "cp4": Case(4, "llama", "token", ["actor.parallel.context=4"]),
+    "dp4-fillers": Case(4, "llama", "token", [], rows=FEW),
+}
+
+
+def _run(launcher: Launcher, cases: dict[str, Case], frozen: Path, out: Path) -> None:
+    for ranks in sorted({case.ranks for case in cases.values()}):
+        chosen = {
+            name: asdict(case) | {"options": LOSSES[case.loss] + case.options}
+            for name, case in cases.items()
+            if case.ranks == ranks
+        }
+        arguments = {"cases": chosen, "folder": str(frozen), "out": str(out)}
+        losses = launcher.run(ranks, "train", arguments, timeout=500)
+        for other in losses[1:]:
+            assert other == losses[0], "ranks disagree about the loss"
+
+
+def _references(cases: dict[str, Case]) -> dict[str, Case]:
+    return {case.reference: Case(1, case.model, case.loss, [], case.rows) for case in cases.values()}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Tensor]]:
+    """Runs all quick cases and their references, a few processes for all of them."""
+    out = tmp_path_factory.mktemp("trained")
+    _run(launcher, _references(CASES) | CASES, frozen, out)
+    return lambda name: load_file(out / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained_slow(
+    launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Tensor]]:
+    """The same for the rarer layouts."""
+    out = tmp_path_factory.mktemp("trained_slow")
+    _run(launcher, _references(SLOW_CASES) | SLOW_CASES, frozen, out)
+    return lambda name: load_file(out / f"{name}.safetensors")
+
+
+def assert_equal_runs(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    """Every tensor within ``bound`` of its largest entry."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        if value.dtype == torch.bool:
+            assert torch.equal(found[name], value), name
+            continue
+        scale = max(float(value.double().abs().max()), 1e-6)
+        difference = float((found[name].double() - value.double()).abs().max())
+        assert difference <= bound * scale, f"{name}: {difference / scale:.2e} of its scale"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layout_trains_like_one_process(name: str, trained: Callable[[str], dict[str, Tensor]]) -> None:
+    assert_equal_runs(trained(name), trained(CASES[name].reference), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_a_rarer_layout_trains_like_one_process(name: str, trained_slow: Callable[[str], dict[str, Tensor]]) -> None:
+    assert_equal_runs(trained_slow(name), trained_slow(SLOW_CASES[name].reference), 1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({case.reference for case in CASES.values()}))
+def test_the_updates_are_worth_comparing(name: str, frozen: Path, trained: Callable[[str], dict[str, Tensor]]) -> None:
+    """Weights move far beyond the bound, gradients are clipped, and ratios lie on both sides of the clip."""
+    found = trained(name)
+    model = name.split("-")[0]
+    before = load_file(frozen / model / "model.safetensors")
+    for key, value in before.items():
+        moved = (found[f"weight.{key}"] - value).abs().max() / value.abs().max()
+        assert moved > 1e-3, key
+    assert found["0.grad_norm"] > (0.2 if "constant" in name else 0.5)
+    assert found["0.loss"] != found["1.loss"]
+    if name.endswith("all"):
+        old = load_file(frozen / f"columns_{model}.safetensors")["old_logprobs"]
+        ratio = (found["0.scores.logprobs"] - old).exp()
+        assert (ratio > 1.2).any()
+        assert (ratio < 0.8).any()
+        assert ((ratio > 0.8) & (ratio < 1.2)).any()
