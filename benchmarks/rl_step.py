@@ -350,8 +350,9 @@ def to_markdown(result: dict[str, Any]) -> str:
             "## Floor",
             "",
             f"FLOPs of the step (formulas: floor.py) over this machine's `torch.mm` in {s['dtype']} on the model's "
-            f"matrices (the faster of two measurements, before and after the sides): {rates['wide'] / 1e9:.1f} GFLOP/s with 2,048 rows (training, prompts), "
-            f"{rates['decode'] / 1e9:.1f} GFLOP/s with {s['prompts'] * s['responses']} rows (decoding).",
+            f"matrices: {rates['wide'] / 1e9:.1f} GFLOP/s with 2,048 rows (training, prompts), "
+            f"{rates['decode'] / 1e9:.1f} GFLOP/s with {s['prompts'] * s['responses']} rows (decoding); the faster of "
+            "two measurements, before and after the sides.",
             "",
             "## Machine",
             "",
