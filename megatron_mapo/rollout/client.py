@@ -298,6 +298,11 @@ class RolloutClient:
     async def _generate_on(self, url: str, body: dict[str, Any], n: int, sampling: Sampling) -> list[Response]:
         self._load[url] += n
         try:
+            if n > 1:
+                # The prompt alone first: requests that arrive together do not find each other in the prefix
+                # cache, and the server would compute the same prompt n times.
+                prompt_only = {"input_ids": body["input_ids"][0], "sampling_params": {"max_new_tokens": 0}}
+                await self.request(url, "/generate", prompt_only)
             answer = await self.request(url, "/generate", body)
         finally:
             self._load[url] -= n

@@ -91,9 +91,6 @@ def server_arguments(config: ServerConfig, model: ModelConfig, port: int, index:
     if sglang_cpu.needed():
         args += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph", "--sleep-on-idle"]
         args += ["--mem-fraction-static", "0.3", "--max-total-tokens", str(config.max_total_tokens)]
-        # Overlapped scheduling gains nothing here, and it starts a group's other responses before the first
-        # one's prompt is in the prefix cache: the prompt would be computed once for every response.
-        args += ["--disable-overlap-schedule"]
     else:
         args += ["--tp-size", str(config.tensor), "--base-gpu-id", str(index * config.tensor)]
         args += ["--mem-fraction-static", str(config.mem_fraction)]
