@@ -319,8 +319,9 @@ def _detail_lines(sides: dict[str, Any]) -> list[str]:
 def _ratio_line(sides: dict[str, Any]) -> list[str]:
     if "trl" not in sides or "ours" not in sides:
         return []
-    ratio = sides["trl"]["step_seconds"] / sides["ours"]["step_seconds"]
-    return [f"**Median step: TRL takes {ratio:.2f} times as long as megatron-mapo.**", ""]
+    trl = sides["trl"]["step_seconds"]
+    said = [f"{trl / side['step_seconds']:.2f} times {NAMES[name]}'s" for name, side in sides.items() if name != "trl"]
+    return [f"**TRL's median step is {' and '.join(said)}.**", ""]
 
 
 def to_markdown(result: dict[str, Any]) -> str:
