@@ -240,7 +240,8 @@ class BroadcastTransport:
         # the servers first: it breaks a collective in which this process still waits
         await self._try_all("/destroy_weights_update_group", {"group_name": self._name})
         self._name = ""
-        if group is not None:
+        # The whole process may have left all of its groups before.
+        if group is not None and _world.pg_map.get(group) is not None:
             dist.destroy_process_group(group)
         self._store = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import command, run
+from runs import command, run
 
 from megatron_mapo.config import ServerConfig
 from megatron_mapo.rollout.server import choose_ports

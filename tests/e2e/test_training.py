@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, environment, rows, run
+from runs import command, environment, rows, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from conftest import EOS, load, reference_logprobs
+from server_support import EOS, load, reference_logprobs
 
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.rollout.client import RolloutClient, Sampling, parse_response

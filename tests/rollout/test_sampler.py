@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import API_KEY, EOS, load, reference_logprobs
+from server_support import API_KEY, EOS, load, reference_logprobs
 
 from megatron_mapo.config import RolloutConfig
 from megatron_mapo.data.sequences import SequenceBatch

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import API_KEY, alive, child_environment, descendants, model_config, server_config
+from server_support import API_KEY, alive, child_environment, descendants, model_config, server_config
 
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.patches import sglang_cpu
@@ -117,7 +117,7 @@ PARENT = """
     import sys, time
     sys.path[:0] = {paths!r}
     from pathlib import Path
-    from conftest import model_config, server_config
+    from server_support import model_config, server_config
     from megatron_mapo.rollout.server import ServerGroup
     group = ServerGroup(server_config(), model_config(Path({model!r})), {logs!r}).start()
     print(group.urls[0], group.servers[0].pid, flush=True)

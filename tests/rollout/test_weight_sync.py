@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import API_KEY, EOS, load, model_config, reference_logprobs, server_config
+from server_support import API_KEY, EOS, load, model_config, reference_logprobs, server_config
 from tiny_models import make_tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
