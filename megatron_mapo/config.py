@@ -78,6 +78,11 @@ class SyncMode(StrEnum):
     disk = "disk"
 
 
+class ReferencePlacement(StrEnum):
+    host = "host"
+    device = "device"
+
+
 class Resume(StrEnum):
     auto = "auto"
     never = "never"
@@ -128,10 +133,14 @@ class ParallelConfig:
     """Sequence parallelism: activations outside the matrix products are cut over the tensor group."""
     pipeline: int = 1
     """Pipeline-parallel size (1F1B schedule)."""
+    virtual_pipeline: int = 1
+    """Pieces of layers that each pipeline stage holds; above 1 the interleaved schedule makes the bubble smaller."""
     context: int = 1
     """Context-parallel size: the tokens of a microbatch are striped over this many ranks."""
     expert: int = 1
     """Expert-parallel size (mixture-of-experts models only)."""
+    expert_tensor: int = 1
+    """Tensor-parallel size within one expert (mixture-of-experts models only)."""
 
 
 @dataclass
@@ -208,6 +217,8 @@ class ActorConfig:
     """Loss."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
+    reference: ReferencePlacement = ReferencePlacement.host
+    """Weights of the reference model: in `host` memory, swapped in when needed, or a second copy on the `device`."""
     mini_batches: int = 1
     """Optimizer updates per pass over a rollout batch; the batch is cut by groups."""
     epochs: int = 1
@@ -591,6 +602,7 @@ _RANGES: tuple[_Check, ...] = (
         "at least 1",
         lambda v: v >= 1,
         "actor.parallel.tensor actor.parallel.pipeline actor.parallel.context actor.parallel.expert "
+        "actor.parallel.virtual_pipeline actor.parallel.expert_tensor "
         "actor.mini_batches actor.epochs actor.microbatch_tokens actor.logprob_chunk "
         "rollout.prompts_per_step rollout.max_prompt_tokens rollout.max_response_tokens rollout.concurrency "
         "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
@@ -722,6 +734,10 @@ def _validate_actor(config: Config) -> None:
         not actor.parallel.sequence or actor.parallel.tensor > 1,
         "actor.parallel.sequence=true needs actor.parallel.tensor greater than 1",
     )
+    _require(
+        actor.parallel.virtual_pipeline == 1 or actor.parallel.pipeline > 1,
+        f"actor.parallel.virtual_pipeline={actor.parallel.virtual_pipeline} needs actor.parallel.pipeline greater than 1",
+    )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     _require(
         longest <= actor.microbatch_tokens,
@@ -788,13 +804,13 @@ def data_parallel_size(config: Config, world_size: int) -> int:
             f"actor.parallel.tensor * actor.parallel.pipeline * actor.parallel.context = {parallel.tensor} * "
             f"{parallel.pipeline} * {parallel.context} = {model} does not divide the {world_size} ranks"
         )
-    data = world_size // model
-    if (data * parallel.context) % parallel.expert != 0:
+    of_a_stage, experts = world_size // parallel.pipeline, parallel.expert * parallel.expert_tensor
+    if of_a_stage % experts != 0:
         raise ConfigError(
-            f"actor.parallel.expert ({parallel.expert}) does not divide data * context parallel size "
-            f"= {data} * {parallel.context} of the {world_size} ranks"
+            f"actor.parallel.expert * actor.parallel.expert_tensor = {parallel.expert} * {parallel.expert_tensor} "
+            f"= {experts} does not divide the {of_a_stage} ranks of a pipeline stage"
         )
-    return data
+    return world_size // model
 
 
 # ------------------------------------------------------------------------------------------------ help

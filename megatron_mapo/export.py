@@ -37,8 +37,8 @@ def export_run(run_dir: Path, out: Path, step: int | None = None) -> Path:
     trainers = runtime.initialize(config)
     try:
         source = resolve_model_path(config.model.path)
-        model, hf = build_model(config, source, trainers.device)
-        checkpoint.load_model(model, path)
-        return save_folder(named_weights(model, hf), source, out)
+        chunks, hf = build_model(config, source, trainers.device)
+        checkpoint.load_model(chunks, path)
+        return save_folder(named_weights(chunks, hf), source, out)
     finally:
         trainers.close()

@@ -9,12 +9,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHAT_TEMPLATE = (
@@ -60,6 +64,11 @@ def _build(arch: str, shape: dict, vocab: int) -> PreTrainedModel:
         return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
     if arch == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**common, head_dim=16, tie_word_embeddings=True))
+    if arch == "qwen3_moe":
+        moe = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, head_dim=16))
+    if arch == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2))
     raise ValueError(f"unknown tiny architecture {arch!r}")
 
 
@@ -78,8 +87,8 @@ def make_tiny_model(
 
     Args:
         path: folder to write.
-        arch: ``llama`` (tied embeddings), ``llama_untied``, ``qwen2`` (tied, q/k/v biases) or
-            ``qwen3`` (tied, q/k norms).
+        arch: ``llama`` (tied embeddings), ``llama_untied``, ``qwen2`` (tied, q/k/v biases),
+            ``qwen3`` (tied, q/k norms), ``qwen3_moe`` (4 experts, 2 of them a token) or ``mixtral``.
         dtype: type of the saved weights.
         vocab: vocabulary size, at least 267 (the tokenizer's).
         seed: of the weights. The global RNG is left as it was.

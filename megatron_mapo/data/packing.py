@@ -3,8 +3,8 @@
 Invariants (``tests/unit/data/test_packing.py`` asserts exactly these):
 
 1. Every sequence with at least one response token is in exactly one microbatch of one rank.
-2. All ranks have the same number of microbatches; where sequences do not suffice, a filler
-   microbatch of weight zero takes the place.
+2. All ranks have the same number of microbatches, a multiple of ``count_multiple``; where
+   sequences do not suffice, a filler microbatch of weight zero takes the place.
 3. No microbatch holds more than ``max_tokens`` tokens.
 4. A position is *scored* iff its next token is a response token of the same sequence. The last
    token of a sequence predicts nothing and is left out.
@@ -40,6 +40,8 @@ class PackingSpec:
         context_parallel: number of ranks that one microbatch's tokens are striped over.
         multiple: the microbatch is padded at its tail to a multiple of this (context times
             sequence-parallel size).
+        count_multiple: every rank gets a multiple of this many microbatches (the interleaved
+            pipeline schedule asks for multiples of its stages).
     """
 
     max_tokens: int
@@ -47,6 +49,7 @@ class PackingSpec:
     data_parallel: int = 1
     context_parallel: int = 1
     multiple: int = 1
+    count_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,8 @@ def plan_microbatches(batch: SequenceBatch, spec: PackingSpec) -> list[list[Tens
     for i, o in zip(rows.tolist(), owner[rows].tolist(), strict=True):
         groups.setdefault(o, []).append(i)
     total = sum(prefix[o] + sum(own[i] for i in g) for o, g in groups.items())
-    count = max(1, math.ceil(total / (limit * spec.data_parallel)))
+    count = math.ceil(total / (limit * spec.data_parallel))
+    count += -count % spec.count_multiple
     while True:
         bins = count * spec.data_parallel
         pieces = _pieces(groups, prefix, own, cap=min(limit, max(1, math.ceil(total / bins))))
@@ -189,7 +193,7 @@ def plan_microbatches(batch: SequenceBatch, spec: PackingSpec) -> list[list[Tens
                 [torch.tensor(b, dtype=torch.int64) for b in packed[r :: spec.data_parallel]]
                 for r in range(spec.data_parallel)
             ]
-        count += 1
+        count += spec.count_multiple
 
 
 def _pieces(groups: dict[int, list[int]], prefix: list[int], own: list[int], cap: int) -> list[tuple[int, list[int]]]:

@@ -147,12 +147,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, block: AttentionBlock, sc
     return out[block.valid]
 
 
-def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """megatron's local layer spec with the two modules above."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+def layer_spec(config: TransformerConfig, chunk: int = 0) -> TransformerBlockSubmodules:
+    """megatron's local layer spec with the two modules above, for the layers of one chunk of this rank."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = get_num_layers_to_build(config, vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -43,10 +43,20 @@ def _metadata() -> dict[str, Any]:
     }
 
 
+def _sharded_model(chunks: list[PolicyModel], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Cut tensors of every chunk. Their keys name the whole model's layers, whatever the layout."""
+    return {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def _load_chunks(chunks: list[PolicyModel], state: dict[str, Any]) -> None:
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"chunk{i}"], strict=True)
+
+
 def _sharded_state(policy: Policy, runtime: Runtime, is_loading: bool) -> dict[str, Any]:
     """What megatron writes: cut tensors of model and optimizer, and one RNG state a rank."""
     metadata = _metadata()
-    model = policy.actor.sharded_state_dict(metadata=metadata)
+    model = _sharded_model(policy.chunks, metadata)
     rng = {"torch": torch.get_rng_state()}
     if runtime.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(runtime.device)
@@ -113,15 +123,15 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def load_model(model: PolicyModel, path: Path) -> None:
-    """Bring only the weights back, in whatever layout ``model`` has. Collective.
+def load_model(chunks: list[PolicyModel], path: Path) -> None:
+    """Bring only the weights back, in whatever layout the model has. Collective.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
     try:
-        state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_metadata())}, str(path))
-        model.load_state_dict(state["model"], strict=True)
+        state = dist_checkpointing.load({"model": _sharded_model(chunks, _metadata())}, str(path))
+        _load_chunks(chunks, state["model"])
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
 
@@ -145,7 +155,7 @@ def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
         # The distributed optimizer copies into leaf tensors that require gradients.
         with torch.no_grad():
             state = dist_checkpointing.load(contents, str(path))
-            policy.actor.load_state_dict(state["model"], strict=True)
+            _load_chunks(policy.chunks, state["model"])
             policy.optimizer.load_state_dict(state["optimizer"])
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot resume from {path}: {_reason(error)}") from error

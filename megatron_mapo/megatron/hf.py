@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,60 +23,54 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
+from megatron_mapo.megatron.families import family_of
 from megatron_mapo.megatron.model import PolicyModel, head_dim
 
-# Megatron name inside a layer -> (how it is cut over the tensor group, Hugging Face names).
-#   copy: whole on every rank      rows/columns: cut along dim 0/1
-#   gate_up: gate and up, each cut by rows, one after the other on a rank
-#   qkv: per query group its query heads, its key head, its value head; cut by groups
-LAYER = {
-    "input_layernorm.weight": ("copy", ["input_layernorm.weight"]),
-    "self_attention.linear_qkv.weight": ("qkv", [f"self_attn.{x}_proj.weight" for x in "qkv"]),
-    "self_attention.linear_qkv.bias": ("qkv", [f"self_attn.{x}_proj.bias" for x in "qkv"]),
-    "self_attention.q_layernorm.weight": ("copy", ["self_attn.q_norm.weight"]),
-    "self_attention.k_layernorm.weight": ("copy", ["self_attn.k_norm.weight"]),
-    "self_attention.linear_proj.weight": ("columns", ["self_attn.o_proj.weight"]),
-    "pre_mlp_layernorm.weight": ("copy", ["post_attention_layernorm.weight"]),
-    "mlp.linear_fc1.weight": ("gate_up", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
-    "mlp.linear_fc2.weight": ("columns", ["mlp.down_proj.weight"]),
-}
-TOP = {
-    "embedding.word_embeddings.weight": ("rows", ["model.embed_tokens.weight"]),
-    "decoder.final_layernorm.weight": ("copy", ["model.norm.weight"]),
-    "output_layer.weight": ("rows", ["lm_head.weight"]),
-}
 # Everything beside the weights that a Hugging Face folder carries.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of this rank: its value, how it is cut, and what it is called elsewhere."""
+    """One parameter of this rank: its value, how it is cut, and what it is called elsewhere.
+
+    Attributes:
+        expert: number of the expert among this rank's, -1 outside experts; its names have a field
+            ``{expert}`` for the number among all.
+        is_copy: this is the last stage's copy of tied embeddings; the first stage has the other one.
+    """
 
     kind: str
     names: list[str]
     value: Tensor
+    expert: int = -1
+    is_copy: bool = False
 
 
-def entries(model: PolicyModel) -> list[Entry]:
+def entries(chunks: list[PolicyModel], hf: PretrainedConfig) -> list[Entry]:
     """The table of this pipeline stage, in the model's order.
 
     Raises:
         DataError: the model has a parameter that the table does not know.
     """
-    out = []
-    for name, value in model.named_parameters():
-        layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        kind, names = (LAYER if layer else TOP).get(layer[2] if layer else name, ("", []))
-        if not kind:
-            raise DataError(f"no Hugging Face name is known for the parameter {name}")
-        if layer:
-            number = model.decoder.layers[int(layer[1])].layer_number - 1
-            names = [f"model.layers.{number}.{n}" for n in names]
-        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            names = ["model.embed_tokens.weight"]
-        out.append(Entry(kind, names, value))
-    return out
+    return [_entry(chunk, hf, name, value) for chunk in chunks for name, value in chunk.named_parameters()]
+
+
+def _entry(chunk: PolicyModel, hf: PretrainedConfig, name: str, value: Tensor) -> Entry:
+    family = family_of(hf)
+    layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    expert = re.fullmatch(r"(.+)\.local_experts\.(\d+)\.(.+)", layer[2]) if layer else None
+    key = f"{expert[1]}.{expert[3]}" if expert else layer[2] if layer else name
+    kind, names = (family.layer(hf) if layer else family.top).get(key, ("", []))
+    if not kind:
+        raise DataError(f"no Hugging Face name is known for the parameter {name}")
+    if layer:
+        number = chunk.decoder.layers[int(layer[1])].layer_number - 1
+        names = [f"model.layers.{number}.{n}" for n in names]
+    tied_output = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+    if tied_output:
+        names = ["model.embed_tokens.weight"]
+    return Entry(kind, names, value, int(expert[2]) if expert else -1, tied_output)
 
 
 class SafetensorsFolder:
@@ -134,29 +128,64 @@ def _shapes(entry: Entry, hf: PretrainedConfig, parts: int) -> list[list[int]]:
     return [[heads * dim, *rest] for heads in (hf.num_attention_heads, *[hf.num_key_value_heads] * 2)]
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """The ranks that hold the parts of one layer's parameters: of its experts, or of all else.
+
+    A part is numbered ``expert rank * parts of one expert + tensor rank``; outside experts the
+    expert rank is 0.
+    """
+
+    group: dist.ProcessGroup
+    expert_ranks: int
+    parts: int
+
+    @property
+    def part(self) -> int:
+        """Which part of a parameter this rank holds."""
+        return self.group.rank() % self.parts
+
+
+def _cut_of(entry: Entry) -> _Cut:
+    if entry.expert < 0:
+        group = parallel_state.get_tensor_model_parallel_group()
+        return _Cut(group, 1, group.size())
+    ranks = parallel_state.get_expert_model_parallel_world_size()
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    return _Cut(group, ranks, group.size() // ranks)
+
+
+def _names(entry: Entry, cut: _Cut, expert_rank: int, hf: PretrainedConfig) -> list[str]:
+    """Hugging Face names of the entry of the same place on ``expert_rank``."""
+    if entry.expert < 0:
+        return entry.names
+    number = expert_rank * (family_of(hf).experts(hf) // cut.expert_ranks) + entry.expert
+    return [name.format(expert=number) for name in entry.names]
+
+
 @torch.no_grad()
-def load_weights(model: PolicyModel, hf: PretrainedConfig, path: str | Path) -> None:
-    """Fill ``model`` from a Hugging Face folder.
+def load_weights(chunks: list[PolicyModel], hf: PretrainedConfig, path: str | Path) -> None:
+    """Fill a model from a Hugging Face folder.
 
     Raises:
         DataError: a tensor is missing, unexpected, or has another shape; the message names it.
     """
     folder = SafetensorsFolder(path)
-    group = parallel_state.get_tensor_model_parallel_group()
-    size, rank = group.size(), group.rank()
-    used = set()
-    for entry in entries(model):
-        used.update(entry.names)
+    used: set[str] = set()
+    for entry in entries(chunks, hf):
+        cut = _cut_of(entry)
+        used.update(name for rank in range(cut.expert_ranks) for name in _names(entry, cut, rank, hf))
+        names = _names(entry, cut, cut.group.rank() // cut.parts, hf)
         dim = {"copy": None, "columns": 1}.get(entry.kind, 0)
-        shapes = _shapes(entry, hf, size)
-        parts = [folder.read(n, s, dim, size, rank) for n, s in zip(entry.names, shapes, strict=True)]
+        shapes = _shapes(entry, hf, cut.parts)
+        parts = [folder.read(n, s, dim, cut.parts, cut.part) for n, s in zip(names, shapes, strict=True)]
         if entry.kind == "qkv":
-            groups = hf.num_key_value_heads // size
+            groups = hf.num_key_value_heads // cut.parts
             value = torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 1)
         else:
             value = torch.cat(parts)
         entry.value.copy_(value)
-    _refuse_unexpected(folder, model, used)
+    _refuse_unexpected(folder, chunks[0], used)
 
 
 def _refuse_unexpected(folder: SafetensorsFolder, model: PolicyModel, used: set[str]) -> None:
@@ -172,42 +201,31 @@ def _refuse_unexpected(folder: SafetensorsFolder, model: PolicyModel, used: set[
 
 
 @torch.no_grad()
-def named_weights(model: PolicyModel, hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """All weights under their Hugging Face names, whole, in the model's order. Collective.
+def named_weights(chunks: list[PolicyModel], hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """All weights under their Hugging Face names, whole, stage by stage in the model's order. Collective.
 
-    Every rank of a model replica must exhaust the iterator. A tensor is valid until the next one
-    is asked for.
+    Every rank must exhaust the iterator. A tensor is valid until the next one is asked for.
     """
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    mine = [e for e in entries(model) if not (len(e.names) == 1 and _is_second_copy(e, model))]
-    tables: list[list[tuple[str, list[str], torch.Size]]] = [[] for _ in range(pipeline_group.size())]
-    dist.all_gather_object(tables, [(e.kind, e.names, e.value.shape) for e in mine], group=pipeline_group)
+    mine = [e for e in entries(chunks, hf) if not e.is_copy]
+    tables: list[list[Entry]] = [[] for _ in range(pipeline_group.size())]
+    dist.all_gather_object(tables, [replace(e, value=e.value.to("meta")) for e in mine], group=pipeline_group)
     for stage, table in enumerate(tables):
-        for i, (kind, names, shape) in enumerate(table):
+        for i, entry in enumerate(table):
             if stage == pipeline_group.rank():
                 local = mine[i].value.detach().contiguous()
             else:
-                local = torch.empty(shape, dtype=model.config.params_dtype, device=_device(model))
+                local = torch.empty_like(entry.value, device=mine[0].value.device)
             if pipeline_group.size() > 1:
                 dist.broadcast(local, group=pipeline_group, group_src=stage)
-            if tensor_group.size() == 1 or kind == "copy":
-                parts = local[None]
-            else:
-                whole = local.new_empty(tensor_group.size() * shape[0], *shape[1:])
-                dist.all_gather_into_tensor(whole, local, group=tensor_group)
-                parts = whole.view(tensor_group.size(), *shape)
-            yield from zip(names, _join(kind, parts, hf), strict=True)
-
-
-def _is_second_copy(entry: Entry, model: PolicyModel) -> bool:
-    """The last stage's copy of tied embeddings; the first stage has the one that is sent."""
-    tied = model.share_embeddings_and_output_weights and not model.pre_process
-    return tied and entry.names == ["model.embed_tokens.weight"]
-
-
-def _device(model: PolicyModel) -> torch.device:
-    return next(model.parameters()).device
+            cut = _cut_of(entry)
+            parts = local[None, None]
+            if cut.group.size() > 1 and (entry.expert >= 0 or entry.kind != "copy"):
+                whole = local.new_empty(cut.group.size() * len(local), *local.shape[1:])
+                dist.all_gather_into_tensor(whole, local, group=cut.group)
+                parts = whole.view(cut.expert_ranks, cut.parts, *local.shape)
+            for rank, of_rank in enumerate(parts):
+                yield from zip(_names(entry, cut, rank, hf), _join(entry.kind, of_rank, hf), strict=True)
 
 
 def _join(kind: str, parts: Tensor, hf: PretrainedConfig) -> list[Tensor]:

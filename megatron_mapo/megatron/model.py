@@ -28,9 +28,8 @@ from megatron_mapo.config import ActorConfig, Dtype, ParallelConfig
 from megatron_mapo.data.packing import PackedBatch
 from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.megatron.attention import PackedParams, layer_spec
+from megatron_mapo.megatron.families import FAMILIES, family_of
 from megatron_mapo.megatron.logprobs import chunked_logprobs
-
-SUPPORTED = ("llama", "qwen2", "qwen3")
 
 
 def load_hf_config(path: str | Path) -> PretrainedConfig:
@@ -43,15 +42,10 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
     if not file.is_file():
         raise DataError(f"model.path: {file} does not exist")
     model_type = json.loads(file.read_text()).get("model_type")
-    if model_type not in SUPPORTED:
-        raise DataError(f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    if model_type not in FAMILIES:
+        raise DataError(f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    expected = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False}
-    for key, value in expected.items():
-        if getattr(hf, key, value) not in (value, None):
-            raise DataError(f"model.path: config.json has {key}={getattr(hf, key)!r}; only {value!r} is supported")
-    if model_type == "llama" and getattr(hf, "attention_bias", False):
-        raise DataError("model.path: config.json has attention_bias=true, which is not supported for llama")
+    family_of(hf).check(hf)
     rotary_frequencies(hf)
     return hf
 
@@ -90,13 +84,23 @@ def check_layout(hf: PretrainedConfig, parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: names the key and the number that it does not divide.
     """
+    experts = family_of(hf).experts(hf)
+    stage_layers = hf.num_hidden_layers // parallel.pipeline
+    expert_rows = getattr(hf, "moe_intermediate_size", hf.intermediate_size)
     for key, size, whole, what in (
         ("tensor", parallel.tensor, hf.num_key_value_heads, "key/value heads"),
         ("tensor", parallel.tensor, hf.intermediate_size, "rows of the MLP"),
         ("pipeline", parallel.pipeline, hf.num_hidden_layers, "layers"),
+        ("virtual_pipeline", parallel.virtual_pipeline, stage_layers, "layers of a pipeline stage"),
+        ("expert", parallel.expert, experts or 1, "experts"),
+        ("expert_tensor", parallel.expert_tensor, expert_rows if experts else 1, "rows of an expert"),
     ):
         if whole % size:
             raise ConfigError(f"actor.parallel.{key}={size} does not divide the model's {whole} {what}")
+    if experts and parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"actor.parallel.tensor={parallel.tensor} with a mixture of experts needs actor.parallel.sequence=true"
+        )
 
 
 def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, on_cpu: bool) -> TransformerConfig:
@@ -111,45 +115,46 @@ def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, o
     recompute: dict[str, Any] = {}
     if actor.recompute:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        ffn_hidden_size=hf.intermediate_size,
-        kv_channels=head_dim(hf),
-        layernorm_epsilon=hf.rms_norm_eps,
-        normalization="RMSNorm",
-        qk_layernorm=hf.model_type == "qwen3",
-        add_qkv_bias=hf.model_type == "qwen2",
-        add_bias_linear=False,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.sequence,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        variable_seq_lengths=parallel.pipeline > 1,
+    fields: dict[str, Any] = {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "ffn_hidden_size": hf.intermediate_size,
+        "kv_channels": head_dim(hf),
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+        "variable_seq_lengths": parallel.pipeline > 1,
         # megatron asks for this dispatcher with variable lengths, even for dense models.
-        moe_token_dispatcher_type="alltoall",
-        params_dtype=torch_dtype,
-        pipeline_dtype=torch_dtype,
-        bf16=torch_dtype is torch.bfloat16,
+        "moe_token_dispatcher_type": "alltoall",
+        "params_dtype": torch_dtype,
+        "pipeline_dtype": torch_dtype,
+        "bf16": torch_dtype is torch.bfloat16,
         # The loss is a plain sum whose weights already carry every average (token_weight).
-        calculate_per_token_loss=True,
-        perform_initialization=False,
-        use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        bias_dropout_fusion=False,
-        deallocate_pipeline_outputs=True,
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,
+        "use_cpu_initialization": on_cpu,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "bias_dropout_fusion": False,
+        "deallocate_pipeline_outputs": True,
         **recompute,
-    )
+    }
+    return TransformerConfig(**fields | family_of(hf).config_fields(hf))
 
 
 class LogprobHead(ColumnParallelLinear):
@@ -190,20 +195,29 @@ class LogprobHead(ColumnParallelLinear):
 
 
 class PolicyModel(GPTModel):
-    """GPTModel with explicit positions, an attention plan, and log-probs instead of logits."""
+    """GPTModel with explicit positions, an attention plan, and log-probs instead of logits.
+
+    Args:
+        config: megatron's configuration; the chunks of a rank share one object.
+        hf: the model's Hugging Face config.
+        temperature: logits are divided by it.
+        logprob_chunk: tokens whose logits exist at one time.
+        chunk: which of this rank's pieces of the model (virtual pipeline) this is.
+    """
 
     def __init__(
-        self, config: TransformerConfig, hf: PretrainedConfig, *, temperature: float, logprob_chunk: int
+        self, config: TransformerConfig, hf: PretrainedConfig, *, temperature: float, logprob_chunk: int, chunk: int = 0
     ) -> None:
         super().__init__(
             config,
-            layer_spec(config),
+            layer_spec(config, chunk),
             vocab_size=padded_vocab_size(hf, config.tensor_model_parallel_size),
             max_sequence_length=hf.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
             position_embedding_type="rope",
+            vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None,
         )
         if self.post_process:
             # The same module with another forward: megatron builds and marks it (tied embeddings over

@@ -13,7 +13,7 @@ from megatron_mapo.config import OptimConfig
 from megatron_mapo.megatron.model import PolicyModel
 
 
-def data_parallel(model: PolicyModel, optim: OptimConfig) -> DistributedDataParallel:
+def data_parallel(chunks: list[PolicyModel], optim: OptimConfig) -> list[DistributedDataParallel]:
     """Wrap the model: gradients are summed (never averaged) over data and context ranks in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -21,11 +21,16 @@ def data_parallel(model: PolicyModel, optim: OptimConfig) -> DistributedDataPara
         overlap_grad_reduce=optim.overlap_grad_reduce,
         overlap_param_gather=optim.overlap_param_gather,
     )
-    wrapped = DistributedDataParallel(model.config, ddp_config, model)
-    config = model.config
+    config = chunks[0].config  # one object, which all chunks share
+    wrapped = [
+        # Reducing the later chunks' gradients overlaps with the earlier chunks' backward pass: one bucket will do.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
     config.finalize_model_grads_func = _finalize
     if optim.overlap_grad_reduce:
-        config.no_sync_func = wrapped.no_sync
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
@@ -35,10 +40,10 @@ def _finalize(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: An
 
 
 def build_optimizer(
-    model: DistributedDataParallel, optim: OptimConfig, total_updates: int
+    chunks: list[DistributedDataParallel], optim: OptimConfig, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW on float32 master weights, and its schedule over ``total_updates`` optimizer steps."""
-    dtype = model.config.params_dtype
+    dtype = chunks[0].config.params_dtype
     last_lr = optim.lr if optim.schedule.value == "constant" else 0.0
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -55,7 +60,7 @@ def build_optimizer(
             use_distributed_optimizer=optim.distributed,
             overlap_param_gather=optim.overlap_param_gather,
         ),
-        [model],
+        chunks,
     )
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_mapo.algorithms.policy_loss import policy_loss
-from megatron_mapo.config import Config, LossAggregation
+from megatron_mapo.config import Config, LossAggregation, ReferencePlacement
 from megatron_mapo.data.packing import PackedBatch, PackingSpec, pack, plan_microbatches
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import TrainingError
 from megatron_mapo.megatron.hf import load_weights, named_weights
 from megatron_mapo.megatron.model import PolicyModel, forward_microbatch, load_hf_config, transformer_config
 from megatron_mapo.megatron.optimizer import build_optimizer, data_parallel
+from megatron_mapo.megatron.reference import DeviceReference, HostReference, Reference
 from megatron_mapo.megatron.runtime import Runtime
 
 
@@ -79,32 +80,49 @@ def token_weights(batch: SequenceBatch, aggregation: LossAggregation, max_respon
     return torch.repeat_interleave(per_sequence, lens).float()
 
 
-def build_model(config: Config, path: str | Path, device: torch.device) -> tuple[PolicyModel, PretrainedConfig]:
+def build_model(config: Config, path: str | Path, device: torch.device) -> tuple[list[PolicyModel], PretrainedConfig]:
     """The model of a Hugging Face folder in this rank's part of the layout, and its Hugging Face config.
+
+    Returns:
+        the pieces of the model that this rank holds, first layers first: one, or
+        ``actor.parallel.virtual_pipeline`` of them.
 
     Raises:
         DataError: the model is not supported, or its files are not as its config says.
     """
     hf = load_hf_config(path)
     model_config = transformer_config(hf, config.actor, config.model.dtype, device.type == "cpu")
-    model = PolicyModel(
-        model_config, hf, temperature=config.rollout.temperature, logprob_chunk=config.actor.logprob_chunk
-    ).to(device)
-    load_weights(model, hf, path)
-    return model, hf
+    chunks = [
+        PolicyModel(
+            model_config,
+            hf,
+            temperature=config.rollout.temperature,
+            logprob_chunk=config.actor.logprob_chunk,
+            chunk=i,
+        ).to(device)
+        for i in range(config.actor.parallel.virtual_pipeline)
+    ]
+    load_weights(chunks, hf, path)
+    return chunks, hf
 
 
 class Policy:
-    """The actor, its optimizer, and (if the loss has a KL term) the frozen reference."""
+    """The actor, its optimizer, and (if the loss has a KL term) the frozen reference.
+
+    Attributes:
+        chunks: the pieces of the actor that this rank holds.
+        ddp: the same pieces, wrapped for data parallelism.
+        hf: the model's Hugging Face config.
+    """
 
     def __init__(self, config: Config, runtime: Runtime, model_path: str | Path, total_updates: int) -> None:
         self.config, self.runtime, self.model_path = config, runtime, Path(model_path)
-        self.actor, self.hf = build_model(config, model_path, runtime.device)
-        self.ddp = data_parallel(self.actor, config.actor.optim)
+        self.chunks, self.hf = build_model(config, model_path, runtime.device)
+        self.ddp = data_parallel(self.chunks, config.actor.optim)
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.actor.optim, total_updates)
-        self.reference: PolicyModel | None = None
+        self.reference: Reference | None = None
         if config.actor.loss.kl_coef > 0:
-            self.reference = build_model(config, model_path, runtime.device)[0].eval().requires_grad_(False)
+            self.reference = self._build_reference()
         parallel = config.actor.parallel
         self.packing = PackingSpec(
             max_tokens=config.actor.microbatch_tokens,
@@ -112,27 +130,47 @@ class Policy:
             data_parallel=parallel_state.get_data_parallel_world_size(),
             context_parallel=parallel.context,
             multiple=parallel.context * (parallel.tensor if parallel.sequence else 1),
+            # The interleaved schedule hands microbatches on in rounds of as many as there are stages.
+            count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
+
+    def _build_reference(self) -> Reference:
+        """The reference is the model that the run started from, which the actor still is at this moment."""
+        if self.config.actor.reference is ReferencePlacement.device:
+            return DeviceReference(build_model(self.config, self.model_path, self.runtime.device)[0])
+        return HostReference(self.chunks)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The actor's weights under their Hugging Face names (see ``hf.named_weights``). Collective."""
-        return named_weights(self.actor, self.hf)
+        self.gather_parameters()
+        return named_weights(self.chunks, self.hf)
+
+    def gather_parameters(self) -> None:
+        """Bring all updated weights to this rank before anything but a forward pass reads them. Collective.
+
+        With ``overlap_param_gather`` an update leaves a rank with new values of its own shard only; the
+        next forward pass gathers the rest.
+        """
+        if self.config.actor.optim.overlap_param_gather:
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
 
     def log_probs(self, batch: SequenceBatch) -> TokenScores:
         """Log-probs and entropies of all response tokens under the actor. Collective."""
-        return self._score(self.actor, batch)
+        return self._score(self.chunks, batch)
 
     def reference_log_probs(self, batch: SequenceBatch) -> TokenScores:
         """The same under the reference. Collective."""
         assert self.reference is not None
-        return self._score(self.reference, batch)
+        self.gather_parameters()
+        with self.reference.in_place() as chunks:
+            return self._score(chunks, batch)
 
-    def _score(self, model: PolicyModel, batch: SequenceBatch) -> TokenScores:
-        was_training = model.training
-        model.eval()
+    def _score(self, chunks: list[PolicyModel], batch: SequenceBatch) -> TokenScores:
+        for chunk in chunks:
+            chunk.eval()
         with torch.no_grad():
-            outputs = self._run(model, self._microbatches(batch, torch.arange(len(batch)), {}), forward_only=True)
-        model.train(was_training)
+            outputs = self._run(chunks, self._microbatches(batch, torch.arange(len(batch)), {}), forward_only=True)
         return self._collect(outputs, len(batch.rollout_logprobs))
 
     def update(self, batch: SequenceBatch, columns: dict[str, Tensor], rows: Tensor | None = None) -> UpdateResult:
@@ -151,8 +189,9 @@ class Policy:
         """
         rows = torch.arange(len(batch)) if rows is None else rows
         self.scheduler.step(1)
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         microbatches = self._microbatches(batch, rows, columns)
         outputs = self._run(self.ddp, microbatches, forward_only=False)
@@ -177,11 +216,11 @@ class Policy:
         if len(rows):
             plan = [rows[local] for local in plan_microbatches(batch.select(rows), self.packing)[part]]
         else:
-            plan = [rows]
+            plan = [rows] * self.packing.count_multiple
         context_rank = parallel_state.get_context_parallel_rank()
         return [pack(batch, r, columns, self.packing, context_rank).to(self.runtime.device) for r in plan]
 
-    def _run(self, model: Any, microbatches: list[PackedBatch], forward_only: bool) -> list[dict[str, Tensor]]:
+    def _run(self, chunks: list[Any], microbatches: list[PackedBatch], forward_only: bool) -> list[dict[str, Tensor]]:
         """All microbatches through megatron's schedule; what the last stage found out about each."""
         loss_config = self.config.actor.loss
 
@@ -212,8 +251,8 @@ class Policy:
         longest = max(len(p.tokens) for p in microbatches) * multiple
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=[model],
+            data_iterator=[iter(microbatches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(microbatches),
             seq_length=longest,
             micro_batch_size=1,

@@ -97,16 +97,62 @@ def _write_queue_dies_with_us(module: ModuleType) -> None:
     module._get_write_results_queue = queue
 
 
+def _no_transformer_engine_router(module: ModuleType) -> None:
+    """The router asks for a name that is defined only where Transformer Engine is installed."""
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _split_sizes_of_cpu_tensors(module: ModuleType) -> None:
+    """The token dispatcher turns split sizes into numbers only if they are on a GPU."""
+    move = module.maybe_move_tensor_to_cpu
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    module.maybe_move_tensor_to_cpu = moved  # type: ignore[attr-defined]
+
+
+def _uneven_parts(module: ModuleType) -> None:
+    """gloo gathers and scatters equal parts only; experts cut over a tensor group exchange uneven ones."""
+    gather, scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    def gather_uneven(local: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(local, group, sizes, *args)
+        rows = max(int(n) for n in sizes)
+        padded = local.new_zeros(rows, *local.shape[1:])
+        padded[: len(local)] = local
+        whole = local.new_empty(len(sizes), *padded.shape)
+        torch.distributed.all_gather_into_tensor(whole.flatten(0, 1), padded, group=group)
+        return torch.cat([part[: int(n)] for part, n in zip(whole, sizes, strict=True)])
+
+    def scatter_uneven(whole: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return scatter(whole, group, sizes, *args)
+        total = whole.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(n) for n in sizes])[group.rank()].contiguous()
+
+    module._gather_along_first_dim = gather_uneven  # type: ignore[attr-defined]
+    module._reduce_scatter_along_first_dim = scatter_uneven  # type: ignore[attr-defined]
+
+
 EVERYWHERE: dict[str, list[Fixup]] = {
     "megatron.core.optimizer": [_optimizer_adam],
     "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam],
     "megatron.core.dist_checkpointing.strategies.filesystem_async": [_write_queue_dies_with_us],
+    "megatron.core.transformer.moe.moe_utils": [_no_transformer_engine_router],
 }
 CPU_ONLY: dict[str, list[Fixup]] = {
     "megatron.core.tensor_parallel.random": [_random],
     "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_types],
     "megatron.core.optimizer.optimizer": [_float16_optimizer_types],
     "megatron.core.jit": [_no_jit],
+    "megatron.core.transformer.moe.moe_utils": [_split_sizes_of_cpu_tensors],
+    "megatron.core.tensor_parallel.mappings": [_uneven_parts],
 }
 
 

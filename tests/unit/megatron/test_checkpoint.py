@@ -80,7 +80,7 @@ def test_only_the_weights(runtime: Runtime, model: Path, tmp_path: Path) -> None
     before = bare.embedding.word_embeddings.weight.clone()
     checkpoint.load_model(bare, path)
     assert not torch.equal(bare.embedding.word_embeddings.weight, before)
-    for a, b in zip(bare.parameters(), policy.actor.parameters(), strict=True):
+    for a, b in zip(bare[0].parameters(), policy.chunks[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
 

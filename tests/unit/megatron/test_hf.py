@@ -36,6 +36,8 @@ VARIANTS = {
     "llama_untied": ("llama_untied", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "mixtral": ("mixtral", {}),
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3}),
     "llama3_rope_steep": ("llama", {"rope_parameters": LLAMA3 | {"factor": 32.0, "high_freq_factor": 8.0}}),
     "odd_vocabulary": ("llama_untied", {"vocab": 301}),
@@ -113,7 +115,7 @@ def test_scaled_rope_is_not_the_plain_one(folder: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["llama", "llama_untied", "qwen2", "qwen3", "odd_vocabulary"])
+@pytest.mark.parametrize("variant", ["llama", "llama_untied", "qwen2", "qwen3", "qwen3_moe", "mixtral", "odd_vocabulary"])
 def test_weights_come_back_bit_by_bit(
     variant: str, dtype: torch.dtype, folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -261,7 +263,7 @@ def test_shapes_that_are_only_right_together_are_refused(
         ({"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope_type='yarn'; supported: default, llama3"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"attention_bias": True}, "attention_bias=true"),
+        ({"attention_bias": True}, "attention_bias=True"),
     ],
 )
 def test_models_that_are_not_vouched_for(
