@@ -23,6 +23,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mapo.data.sequences import SequenceBatch, offsets_of, ragged_indices
@@ -270,6 +271,19 @@ def pack(
         columns=picked,
         attention=_attention_plan(pieces, cp, context_rank),
     )
+
+
+def equal_lengths(microbatches: list[PackedBatch]) -> list[PackedBatch]:
+    """Pad all at their tails to the longest, so that pipeline stages know the shapes without asking."""
+    longest = max(len(m.tokens) for m in microbatches)
+    return [
+        dataclasses.replace(
+            m,
+            tokens=F.pad(m.tokens, (0, longest - len(m.tokens))),
+            positions=F.pad(m.positions, (0, longest - len(m.positions))),
+        )
+        for m in microbatches
+    ]
 
 
 @dataclass(frozen=True)

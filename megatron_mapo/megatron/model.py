@@ -136,8 +136,10 @@ def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, o
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
-        "variable_seq_lengths": parallel.pipeline > 1,
-        # megatron asks for this dispatcher with variable lengths, even for dense models.
+        # Two stages exchange activations and gradients in both directions at once, which only the
+        # unbatched transfers keep apart.
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "moe_token_dispatcher_type": "alltoall",
         "params_dtype": torch_dtype,
         "pipeline_dtype": torch_dtype,

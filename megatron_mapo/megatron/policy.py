@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from megatron_mapo.algorithms.policy_loss import policy_loss
 from megatron_mapo.config import Config, LossAggregation, ReferencePlacement
-from megatron_mapo.data.packing import PackedBatch, PackingSpec, pack, plan_microbatches
+from megatron_mapo.data.packing import PackedBatch, PackingSpec, equal_lengths, pack, plan_microbatches
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import TrainingError
 from megatron_mapo.megatron.hf import load_weights, named_weights
@@ -218,7 +218,10 @@ class Policy:
         else:
             plan = [rows] * self.packing.count_multiple
         context_rank = parallel_state.get_context_parallel_rank()
-        return [pack(batch, r, columns, self.packing, context_rank).to(self.runtime.device) for r in plan]
+        packed = [pack(batch, r, columns, self.packing, context_rank) for r in plan]
+        if self.config.actor.parallel.pipeline > 1:
+            packed = equal_lengths(packed)
+        return [microbatch.to(self.runtime.device) for microbatch in packed]
 
     def _run(self, chunks: list[Any], microbatches: list[PackedBatch], forward_only: bool) -> list[dict[str, Tensor]]:
         """All microbatches through megatron's schedule; what the last stage found out about each."""

@@ -14,7 +14,11 @@ from megatron_mapo.data.sequences import SequenceBatch
 
 VOCAB = 301
 """Odd, so that tensor parallelism has to pad it."""
-MODELS = ("llama", "llama_untied", "qwen2", "qwen3")
+MODELS = {name: (name, {}) for name in ("llama", "llama_untied", "qwen2", "qwen3", "qwen3_moe", "mixtral")} | {
+    "deep": ("llama_untied", {"num_hidden_layers": 4}),
+    "deep_tied": ("llama", {"num_hidden_layers": 4}),
+}
+"""Name -> architecture and shape."""
 
 
 def frozen_batch() -> SequenceBatch:
@@ -47,8 +51,8 @@ def launcher() -> Iterator[Launcher]:
 def frozen(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``batch.safetensors``, one model folder and one file of columns per architecture."""
     folder = tmp_path_factory.mktemp("frozen")
-    for arch in MODELS:
-        make_tiny_model(folder / arch, arch, vocab=VOCAB)
+    for name, (arch, shape) in MODELS.items():
+        make_tiny_model(folder / name, arch, vocab=VOCAB, **shape)
     frozen_batch().save(folder / "batch.safetensors")
-    launcher.run(1, "freeze_columns", {"models": MODELS, "folder": str(folder)})
+    launcher.run(1, "freeze_columns", {"models": list(MODELS), "folder": str(folder)})
     return folder

@@ -33,6 +33,8 @@ LOSSES = {
 }
 TP, SP, PP, CP = ([f"actor.parallel.{k}"] for k in ("tensor=2", "sequence=true", "pipeline=2", "context=2"))
 SMALL = ["actor.microbatch_tokens=80"]
+VPP = [*PP, "actor.parallel.virtual_pipeline=2"]
+EP, ETP = ["actor.parallel.expert=2"], ["actor.parallel.expert_tensor=2"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ CASES = {
     "pp2-tied": Case(2, "llama", "token", PP + SMALL),
     "pp2-untied": Case(2, "llama_untied", "sequence_kl", PP + SMALL),
     "cp2": Case(2, "llama_untied", "sequence_kl", CP + SMALL),
+    "reference-on-device": Case(1, "llama_untied", "sequence_kl", ["actor.reference=device"]),
+    "vpp2": Case(2, "deep", "sequence_kl", VPP + SMALL),
+    "ep2": Case(2, "qwen3_moe", "sequence_kl", EP + SMALL),
+    "tp2-sp-ep2": Case(2, "mixtral", "token", TP + SP + EP),
     "dp2": Case(2, "llama_untied", "sequence_kl", []),
     "dp2-permuted": Case(2, "llama", "token", SMALL, permute=True),
     "dp2-fillers": Case(2, "llama", "token", [], rows=FEW[:1]),
@@ -86,6 +92,20 @@ SLOW_CASES = {
     "dp2-plain-optimizer-untied": Case(2, "llama_untied", "sequence_kl", ["actor.optim.distributed=false", *SMALL]),
     "tp2-sp-cp2": Case(4, "llama_untied", "sequence_kl", TP + SP + CP),
     "tp2-sp-pp2-untied": Case(4, "llama_untied", "sequence_kl", TP + SP + PP + SMALL),
+    "vpp2-tied": Case(2, "deep_tied", "token", VPP + SMALL),
+    "vpp2-one-microbatch": Case(2, "deep", "sequence_kl", VPP, rows=FEW[:1]),
+    "tp2-sp-vpp2": Case(4, "deep", "sequence_kl", TP + SP + VPP + SMALL),
+    "dp2-vpp2-overlap": Case(4, "deep", "sequence_kl", [*VPP, *SMALL, "actor.optim.overlap_grad_reduce=true"]),
+    "cp2-vpp2": Case(4, "deep_tied", "token", CP + VPP + SMALL),
+    "ep2-mixtral": Case(2, "mixtral", "token", EP),
+    "ep2-cp2": Case(2, "qwen3_moe", "sequence_kl", EP + CP + SMALL),
+    "tp2-sp-etp2": Case(2, "qwen3_moe", "sequence_kl", TP + SP + ETP),
+    "ep2-plain-optimizer": Case(2, "qwen3_moe", "sequence_kl", [*EP, "actor.optim.distributed=false"]),
+    "ep4": Case(4, "qwen3_moe", "sequence_kl", ["actor.parallel.expert=4", *SMALL]),
+    "ep2-pp2": Case(4, "mixtral", "token", EP + PP + SMALL),
+    "ep2-dp4-overlap": Case(4, "qwen3_moe", "sequence_kl", [*EP, *SMALL, "actor.optim.overlap_grad_reduce=true"]),
+    "tp2-sp-ep2-etp2": Case(4, "qwen3_moe", "sequence_kl", TP + SP + EP + ETP),
+    "tp2-sp-ep2-recompute": Case(4, "mixtral", "token", [*TP, *SP, *EP, "actor.recompute=true"]),
     "cp2-pp2": Case(4, "llama", "token", CP + PP + SMALL),
     "dp2-tp2": Case(4, "llama", "token", TP + SMALL),
     "dp2-pp2": Case(4, "llama", "token", PP + SMALL),
