@@ -736,7 +736,7 @@ def _validate_actor(config: Config) -> None:
     )
     _require(
         actor.parallel.virtual_pipeline == 1 or actor.parallel.pipeline > 1,
-        f"actor.parallel.virtual_pipeline={actor.parallel.virtual_pipeline} needs actor.parallel.pipeline greater than 1",
+        f"actor.parallel.virtual_pipeline={actor.parallel.virtual_pipeline} needs actor.parallel.pipeline above 1",
     )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     _require(

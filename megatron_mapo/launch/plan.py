@@ -4,9 +4,10 @@ Memory of one rank, in bytes, with P its parameters, b the bytes of ``model.dtyp
 optimizer is sharded over (data * context parallel size with ``actor.optim.distributed``, else 1):
 
 =============  ==============================================================================================
-weights        b P; as much again for the reference if ``actor.loss.kl_coef`` is not 0
+weights        b P; as much again for a reference with ``actor.reference=device``
 gradients      4 P (float32 buffer)
-optimizer      8 P / D for the two moments, and 4 P / D for the master weights if b is not 4
+optimizer      8 P / D for the two moments, and 4 P / D for the master weights if b is not 4; for experts D is the
+               number of ranks that hold the same ones
 activations    F b T (L (4 h/s + (3 q + 2 k + 4 f)/t)), with ``actor.recompute`` F b T L h/s plus one layer of the
                former; L layers of this stage, T tokens of a microbatch on this rank, F microbatches in flight
                (at most the pipeline size), t tensor parallel size, s = t with sequence parallelism else 1, and
@@ -20,7 +21,6 @@ keeps of the layers' largest tensors. Python and its libraries come on top.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -28,89 +28,20 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_mapo.config import DATA_SUFFIXES, Config, Dtype, data_parallel_size
-from megatron_mapo.errors import ConfigError, DataError
+from megatron_mapo.config import (
+    DATA_SUFFIXES,
+    ActorConfig,
+    Config,
+    Dtype,
+    ReferencePlacement,
+    data_parallel_size,
+)
+from megatron_mapo.errors import DataError
 from megatron_mapo.launch.run_folder import list_checkpoints
+from megatron_mapo.model_shape import ModelShape
 from megatron_mapo.quickstart import QUICKSTART_SMOLLM2, prepare_smollm2
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a dense decoder, from a Hugging Face ``config.json``.
-
-    Attributes:
-        kind: architecture.
-        hidden, ffn: width of hidden states, and of the MLP.
-        heads, kv_heads, head_dim: attention.
-        tied: input and output embeddings are one tensor.
-    """
-
-    kind: str
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-
-    @classmethod
-    def read(cls, file: Path) -> ModelShape:
-        """Read ``config.json``.
-
-        Raises:
-            DataError: it is missing, damaged, or of an architecture that is not supported.
-        """
-        try:
-            hf = json.loads(file.read_text())
-            kind = hf["model_type"]
-            if kind not in ARCHITECTURES:
-                raise DataError(
-                    f"model.path: architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-                )
-            heads = hf["num_attention_heads"]
-            return cls(
-                kind=kind,
-                layers=hf["num_hidden_layers"],
-                hidden=hf["hidden_size"],
-                ffn=hf["intermediate_size"],
-                heads=heads,
-                kv_heads=hf.get("num_key_value_heads") or heads,
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-                vocab=hf["vocab_size"],
-                tied=hf.get("tie_word_embeddings", False),
-            )
-        except OSError as error:
-            raise DataError(f"model.path: cannot read {file}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"model.path: {file} is not a model's configuration: {error!r}") from error
-
-    def layer_parameters(self, tensor: int = 1) -> int:
-        """Parameters of one layer on one tensor-parallel rank."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        matrices = 2 * self.hidden * (queries + keys) + 3 * self.hidden * self.ffn
-        biases = queries + 2 * keys if self.kind == "qwen2" else 0
-        norms = 2 * self.hidden + (2 * self.head_dim if self.kind == "qwen3" else 0)
-        return (matrices + biases) // tensor + norms
-
-    def embedding_parameters(self, tensor: int = 1) -> int:
-        """Parameters of one embedding matrix on one tensor-parallel rank (its rows are padded)."""
-        return -(-self.vocab // tensor) * self.hidden
-
-    def parameters(self) -> int:
-        """Parameters of the whole model."""
-        embeddings = self.embedding_parameters() * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters() + embeddings + self.hidden
-
-    def rank_parameters(self, tensor: int, pipeline: int) -> int:
-        """Parameters of the fullest rank: the last stage, or the only one."""
-        stage = self.layers // pipeline * self.layer_parameters(tensor) + self.hidden
-        matrices = 1 if self.tied or pipeline > 1 else 2
-        return stage + matrices * self.embedding_parameters(tensor)
 
 
 @dataclass(frozen=True)
@@ -179,7 +110,7 @@ def make_plan(config: Config, processes: int, command: list[str]) -> Plan:
     """
     data_parallel = data_parallel_size(config, processes)
     shape = ModelShape.read(find_model_config(config.model.path))
-    _check_layout(config, shape)
+    shape.check_layout(config.actor.parallel)
     _check_data(config)
     saved = list_checkpoints(config.run_dir)
     return Plan(
@@ -219,19 +150,6 @@ def find_model_config(path: str) -> Path:
         ) from error
 
 
-def _check_layout(config: Config, shape: ModelShape) -> None:
-    parallel = config.actor.parallel
-    for key, size, whole, what in (
-        ("tensor", parallel.tensor, shape.kv_heads, "key/value heads"),
-        ("tensor", parallel.tensor, shape.ffn, "MLP columns"),
-        ("pipeline", parallel.pipeline, shape.layers, "layers"),
-    ):
-        if whole % size:
-            raise ConfigError(f"actor.parallel.{key}={size} does not divide the model's {whole} {what}")
-    if parallel.expert > 1:
-        raise ConfigError(f"actor.parallel.expert={parallel.expert}, but the model has no experts")
-
-
 def _check_data(config: Config) -> None:
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if source is not None and Path(source).suffix in DATA_SUFFIXES and not Path(source).is_file():
@@ -249,20 +167,27 @@ def estimate_memory(config: Config, shape: ModelShape, data_parallel: int) -> Me
     """Memory of the fullest trainer rank, by the formulas in the module's docstring."""
     actor, parallel = config.actor, config.actor.parallel
     size = _BYTES[config.model.dtype]
-    parameters = shape.rank_parameters(parallel.tensor, parallel.pipeline)
-    shards = data_parallel * parallel.context if actor.optim.distributed else 1
+    parameters = shape.rank_parameters(parallel)
+    of_experts = shape.rank_expert_parameters(parallel)
+    dense_ranks = data_parallel * parallel.context
+    expert_ranks = dense_ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor)
+    shards, expert_shards = (dense_ranks, expert_ranks) if actor.optim.distributed else (1, 1)
     state = 8 if size == 4 else 12
     vocab = -(-shape.vocab // parallel.tensor)
     tokens = min(actor.microbatch_tokens, _packed_tokens(config))
     chunk = min(actor.logprob_chunk, math.ceil(tokens / parallel.context))
     return Memory(
         weights=size * parameters,
-        reference=size * parameters if actor.loss.kl_coef > 0 else 0,
+        reference=size * parameters if _reference_on_device(actor) else 0,
         gradients=4 * parameters,
-        optimizer=math.ceil(state * parameters / shards),
+        optimizer=math.ceil(state * ((parameters - of_experts) / shards + of_experts / expert_shards)),
         activations=_activation_bytes(config, shape, math.ceil(tokens / parallel.context), data_parallel),
         logprobs=12 * chunk * vocab + 4 * shape.hidden * vocab,
     )
+
+
+def _reference_on_device(actor: ActorConfig) -> bool:
+    return actor.loss.kl_coef > 0 and actor.reference is ReferencePlacement.device
 
 
 def _activation_bytes(config: Config, shape: ModelShape, tokens: int, data_parallel: int) -> int:
@@ -270,7 +195,11 @@ def _activation_bytes(config: Config, shape: ModelShape, tokens: int, data_paral
     layers = shape.layers // parallel.pipeline
     stripes = parallel.tensor if parallel.sequence else 1
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = 4 * shape.hidden / stripes + (3 * queries + 2 * keys + 4 * shape.ffn) / parallel.tensor
+    # A token's rows go through as many experts as are active, wherever those are.
+    mlp = 4 * shape.ffn / parallel.tensor
+    if shape.experts:
+        mlp = shape.active_experts * (4 * shape.ffn / parallel.expert_tensor + 2 * shape.hidden) / stripes
+    layer = 4 * shape.hidden / stripes + (3 * queries + 2 * keys) / parallel.tensor + mlp
     kept = layers * shape.hidden / stripes + layer if actor.recompute else layers * layer
     microbatches = math.ceil(_packed_tokens(config) / (actor.microbatch_tokens * data_parallel))
     return math.ceil(min(parallel.pipeline, microbatches) * _BYTES[config.model.dtype] * tokens * kept)

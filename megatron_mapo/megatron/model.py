@@ -24,12 +24,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_mapo.config import ActorConfig, Dtype, ParallelConfig
+from megatron_mapo.config import ActorConfig, Dtype
 from megatron_mapo.data.packing import PackedBatch
-from megatron_mapo.errors import ConfigError, DataError
+from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.attention import PackedParams, layer_spec
 from megatron_mapo.megatron.families import FAMILIES, family_of
 from megatron_mapo.megatron.logprobs import chunked_logprobs
+from megatron_mapo.model_shape import ModelShape
 
 
 def load_hf_config(path: str | Path) -> PretrainedConfig:
@@ -78,31 +79,6 @@ def padded_vocab_size(hf: PretrainedConfig, tensor_parallel: int) -> int:
     return -(-hf.vocab_size // tensor_parallel) * tensor_parallel
 
 
-def check_layout(hf: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Refuse a layout that cuts through a head or a layer.
-
-    Raises:
-        ConfigError: names the key and the number that it does not divide.
-    """
-    experts = family_of(hf).experts(hf)
-    stage_layers = hf.num_hidden_layers // parallel.pipeline
-    expert_rows = getattr(hf, "moe_intermediate_size", hf.intermediate_size)
-    for key, size, whole, what in (
-        ("tensor", parallel.tensor, hf.num_key_value_heads, "key/value heads"),
-        ("tensor", parallel.tensor, hf.intermediate_size, "rows of the MLP"),
-        ("pipeline", parallel.pipeline, hf.num_hidden_layers, "layers"),
-        ("virtual_pipeline", parallel.virtual_pipeline, stage_layers, "layers of a pipeline stage"),
-        ("expert", parallel.expert, experts or 1, "experts"),
-        ("expert_tensor", parallel.expert_tensor, expert_rows if experts else 1, "rows of an expert"),
-    ):
-        if whole % size:
-            raise ConfigError(f"actor.parallel.{key}={size} does not divide the model's {whole} {what}")
-    if experts and parallel.tensor > 1 and not parallel.sequence:
-        raise ConfigError(
-            f"actor.parallel.tensor={parallel.tensor} with a mixture of experts needs actor.parallel.sequence=true"
-        )
-
-
 def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, on_cpu: bool) -> TransformerConfig:
     """megatron's configuration of this model in this layout.
 
@@ -110,7 +86,7 @@ def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, o
         ConfigError: the layout does not divide the model.
     """
     parallel = actor.parallel
-    check_layout(hf, parallel)
+    ModelShape.of(hf.to_dict()).check_layout(parallel)
     torch_dtype = getattr(torch, dtype.value)
     recompute: dict[str, Any] = {}
     if actor.recompute:

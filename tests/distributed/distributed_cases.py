@@ -105,8 +105,9 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
             found[f"{k}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
             found[f"{k}.grad_norm"] = torch.tensor(result.grad_norm, dtype=torch.float64)
             found |= scores_in_place(f"{k}.scores", result.scores, place)
-        found |= scores_in_place("after", policy.log_probs(batch), place)
+        # Before a forward pass, which would gather what overlap_param_gather has left for it.
         found |= {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
+        found |= scores_in_place("after", policy.log_probs(batch), place)
     return found
 
 

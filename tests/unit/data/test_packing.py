@@ -15,7 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mapo.data.packing import AttentionPlan, PackedBatch, PackingSpec, pack, plan_microbatches, prompt_owners
+from megatron_mapo.data.packing import (
+    AttentionPlan,
+    PackedBatch,
+    PackingSpec,
+    equal_lengths,
+    pack,
+    plan_microbatches,
+    prompt_owners,
+)
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import DataError
 
@@ -158,6 +166,7 @@ def check(batch: SequenceBatch, spec: PackingSpec) -> list[list[list[int]]]:
     plan = [[rows.tolist() for rows in rank] for rank in plan_microbatches(batch, spec)]
     assert len(plan) == spec.data_parallel
     assert len({len(rank) for rank in plan}) == 1  # invariant 2
+    assert len(plan[0]) % spec.count_multiple == 0
     rows = [i for rank in plan for microbatch in rank for i in microbatch]
     with_response = [i for i in range(len(batch)) if batch.response_lens[i] > 0]
     assert sorted(rows) == with_response  # invariant 1
@@ -195,6 +204,7 @@ GROUPS = st.lists(
     context=st.integers(1, 3),
     sequence=st.integers(1, 2),
     slack=st.integers(0, 120),
+    count=st.integers(1, 3),
 )
 @settings(deadline=None, max_examples=120)
 def test_invariants(
@@ -205,11 +215,12 @@ def test_invariants(
     context: int,
     sequence: int,
     slack: int,
+    count: int,
 ) -> None:
     batch = make_batch(groups, seed)
     multiple = context * sequence
     longest = int((batch.lengths - 1)[batch.response_lens > 0].max())
-    check(batch, PackingSpec(longest + multiple - 1 + slack, share, data, context, multiple))
+    check(batch, PackingSpec(longest + multiple - 1 + slack, share, data, context, multiple, count))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -289,3 +300,17 @@ def test_order_of_the_batch_does_not_change_the_token_count() -> None:
     shuffled = batch.select(torch.tensor([4, 1, 3, 0, 2]))
     for one in (batch, shuffled):
         check(one, spec)
+
+
+def test_microbatches_of_equal_lengths_differ_in_tail_padding_only() -> None:
+    batch = make_batch([(3, [4, 6], False), (5, [9], False)])
+    before = [pack(batch, torch.tensor(rows), {}, PackingSpec(64)) for rows in ([0], [1, 2])]
+    after = equal_lengths(before)
+    assert len({len(m.tokens) for m in after}) == 1
+    for short, padded in zip(before, after, strict=True):
+        n = len(short.tokens)
+        assert torch.equal(padded.tokens[:n], short.tokens)
+        assert torch.equal(padded.positions[:n], short.positions)
+        assert not padded.tokens[n:].any()
+        assert padded.scored is short.scored
+        assert padded.attention is short.attention

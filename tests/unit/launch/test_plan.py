@@ -8,11 +8,12 @@ import pytest
 from safetensors import safe_open
 from tiny_models import make_tiny_model
 
-from megatron_mapo.config import Config, load_config
+from megatron_mapo.config import Config, ParallelConfig, load_config
 from megatron_mapo.errors import ConfigError, DataError, MapoError
-from megatron_mapo.launch.plan import ModelShape, make_plan
+from megatron_mapo.launch.plan import make_plan
+from megatron_mapo.model_shape import ModelShape
 
-ARCHITECTURES = ("llama", "llama_untied", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "llama_untied", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,21 @@ def test_parameters_are_counted_without_reading_weights(arch: str, models: dict[
         counted = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
     shape = ModelShape.read(models[arch] / "config.json")
     assert shape.parameters() == counted
-    assert shape.rank_parameters(tensor=1, pipeline=1) == counted
+    assert shape.rank_parameters(ParallelConfig()) == counted
+
+
+def test_experts_are_spread_over_their_own_ranks(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Four ranks, expert 2: half of the 4 experts (64 rows of 64) each, every expert on 2 ranks, all else on 4."""
+    plan = make_plan(config(tmp_path, models["qwen3_moe"], "actor.parallel.expert=2"), 4, [])
+    of_experts = 2 * (2 * 3 * 64 * 64)
+    whole = plan.shape.parameters()
+    assert plan.memory.weights == 2 * (whole - of_experts)
+    assert plan.memory.optimizer == 12 * ((whole - 2 * of_experts) / 4 + of_experts / 2)
 
 
 def test_memory_by_hand(tmp_path: Path, models: dict[str, Path]) -> None:
     """bf16, tensor 2, data 2, a reference model: every exact part of the estimate."""
-    settings = ("actor.parallel.tensor=2", "actor.loss.kl_coef=0.1", "model.dtype=bfloat16")
+    settings = ("actor.parallel.tensor=2", "actor.loss.kl_coef=0.1", "actor.reference=device", "model.dtype=bfloat16")
     plan = make_plan(config(tmp_path, models["llama"], *settings), 4, [])
     # hidden 64, ffn 128, 4 heads and 2 key/value heads of 16, 2 layers, 512 tokens: halves, and whole norms
     layer = (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128) // 2 + 2 * 64
@@ -99,6 +109,12 @@ def test_a_checkpoint_is_found(tmp_path: Path, models: dict[str, Path]) -> None:
         (["actor.parallel.pipeline=3"], 3, ConfigError, r"actor\.parallel\.pipeline=3 .* 2 layers"),
         (["actor.parallel.tensor=2"], 3, ConfigError, r"does not divide the 3 ranks"),
         (["actor.parallel.expert=2"], 2, ConfigError, r"actor\.parallel\.expert=2.*no experts"),
+        (
+            ["actor.parallel.pipeline=2", "actor.parallel.virtual_pipeline=2"],
+            2,
+            ConfigError,
+            r"actor\.parallel\.virtual_pipeline=2 does not divide the model's 1 layers of a pipeline stage",
+        ),
         (["data.eval=nowhere.jsonl"], 1, DataError, r"data\.eval: there is no file nowhere\.jsonl"),
         (["model.path=./nowhere"], 1, DataError, r"model\.path: nowhere .*no config\.json"),
     ],

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_mapo.config import Config, Dtype
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import DataError
+from megatron_mapo.megatron.families import FAMILIES
 from megatron_mapo.megatron.hf import load_weights, named_weights, save_folder
 from megatron_mapo.megatron.model import load_hf_config
 from megatron_mapo.megatron.policy import Policy, build_model
 from megatron_mapo.megatron.runtime import Runtime
+from megatron_mapo.model_shape import ARCHITECTURES
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -104,6 +106,10 @@ def test_scores_equal_those_of_transformers(
             assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+def test_every_family_is_known_before_torch_is() -> None:
+    assert set(ARCHITECTURES) == set(FAMILIES)
+
+
 def test_scaled_rope_is_not_the_plain_one(folder: Callable[..., Path]) -> None:
     """Otherwise the comparison above could not tell them apart: the weights are the same."""
     batch = ragged_batch()
@@ -115,7 +121,7 @@ def test_scaled_rope_is_not_the_plain_one(folder: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["llama", "llama_untied", "qwen2", "qwen3", "qwen3_moe", "mixtral", "odd_vocabulary"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "rope" not in v])
 def test_weights_come_back_bit_by_bit(
     variant: str, dtype: torch.dtype, folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
 ) -> None:
