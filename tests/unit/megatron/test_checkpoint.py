@@ -76,11 +76,11 @@ def test_only_the_weights(runtime: Runtime, model: Path, tmp_path: Path) -> None
     policy = make_policy(runtime, model)
     train(policy, 2)
     path = checkpoint.save(policy, runtime, tmp_path, 2, {}, keep=2)
-    bare, _ = build_model(policy.config, model, runtime.device)
-    before = bare.embedding.word_embeddings.weight.clone()
-    checkpoint.load_model(bare, path)
-    assert not torch.equal(bare.embedding.word_embeddings.weight, before)
-    for a, b in zip(bare[0].parameters(), policy.chunks[0].parameters(), strict=True):
+    chunks, _ = build_model(policy.config, model, runtime.device)
+    before = chunks[0].embedding.word_embeddings.weight.clone()
+    checkpoint.load_model(chunks, path)
+    assert not torch.equal(chunks[0].embedding.word_embeddings.weight, before)
+    for a, b in zip(chunks[0].parameters(), policy.chunks[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
 
