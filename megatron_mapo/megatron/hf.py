@@ -23,28 +23,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
+from megatron_mapo.megatron.families import family_of
 from megatron_mapo.megatron.model import PolicyModel, head_dim
 
-# Megatron name inside a layer -> (how it is cut over the tensor group, Hugging Face names).
-#   copy: whole on every rank      rows/columns: cut along dim 0/1
-#   gate_up: gate and up, each cut by rows, one after the other on a rank
-#   qkv: per query group its query heads, its key head, its value head; cut by groups
-LAYER = {
-    "input_layernorm.weight": ("copy", ["input_layernorm.weight"]),
-    "self_attention.linear_qkv.weight": ("qkv", [f"self_attn.{x}_proj.weight" for x in "qkv"]),
-    "self_attention.linear_qkv.bias": ("qkv", [f"self_attn.{x}_proj.bias" for x in "qkv"]),
-    "self_attention.q_layernorm.weight": ("copy", ["self_attn.q_norm.weight"]),
-    "self_attention.k_layernorm.weight": ("copy", ["self_attn.k_norm.weight"]),
-    "self_attention.linear_proj.weight": ("columns", ["self_attn.o_proj.weight"]),
-    "pre_mlp_layernorm.weight": ("copy", ["post_attention_layernorm.weight"]),
-    "mlp.linear_fc1.weight": ("gate_up", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
-    "mlp.linear_fc2.weight": ("columns", ["mlp.down_proj.weight"]),
-}
-TOP = {
-    "embedding.word_embeddings.weight": ("rows", ["model.embed_tokens.weight"]),
-    "decoder.final_layernorm.weight": ("copy", ["model.norm.weight"]),
-    "output_layer.weight": ("rows", ["lm_head.weight"]),
-}
 # Everything beside the weights that a Hugging Face folder carries.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 
@@ -58,16 +39,18 @@ class Entry:
     value: Tensor
 
 
-def entries(model: PolicyModel) -> list[Entry]:
+def entries(model: PolicyModel, hf: PretrainedConfig) -> list[Entry]:
     """The table of this pipeline stage, in the model's order.
 
     Raises:
         DataError: the model has a parameter that the table does not know.
     """
+    family = family_of(hf)
+    of_layer = family.layer(hf)
     out = []
     for name, value in model.named_parameters():
         layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        kind, names = (LAYER if layer else TOP).get(layer[2] if layer else name, ("", []))
+        kind, names = (of_layer if layer else family.top).get(layer[2] if layer else name, ("", []))
         if not kind:
             raise DataError(f"no Hugging Face name is known for the parameter {name}")
         if layer:
@@ -145,7 +128,7 @@ def load_weights(model: PolicyModel, hf: PretrainedConfig, path: str | Path) -> 
     group = parallel_state.get_tensor_model_parallel_group()
     size, rank = group.size(), group.rank()
     used = set()
-    for entry in entries(model):
+    for entry in entries(model, hf):
         used.update(entry.names)
         dim = {"copy": None, "columns": 1}.get(entry.kind, 0)
         shapes = _shapes(entry, hf, size)
@@ -180,7 +163,7 @@ def named_weights(model: PolicyModel, hf: PretrainedConfig) -> Iterator[tuple[st
     """
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    mine = [e for e in entries(model) if not (len(e.names) == 1 and _is_second_copy(e, model))]
+    mine = [e for e in entries(model, hf) if not (len(e.names) == 1 and _is_second_copy(e, model))]
     tables: list[list[tuple[str, list[str], torch.Size]]] = [[] for _ in range(pipeline_group.size())]
     dist.all_gather_object(tables, [(e.kind, e.names, e.value.shape) for e in mine], group=pipeline_group)
     for stage, table in enumerate(tables):

@@ -28,9 +28,8 @@ from megatron_mapo.config import ActorConfig, Dtype, ParallelConfig
 from megatron_mapo.data.packing import PackedBatch
 from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.megatron.attention import PackedParams, layer_spec
+from megatron_mapo.megatron.families import FAMILIES, family_of
 from megatron_mapo.megatron.logprobs import chunked_logprobs
-
-SUPPORTED = ("llama", "qwen2", "qwen3")
 
 
 def load_hf_config(path: str | Path) -> PretrainedConfig:
@@ -43,15 +42,10 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
     if not file.is_file():
         raise DataError(f"model.path: {file} does not exist")
     model_type = json.loads(file.read_text()).get("model_type")
-    if model_type not in SUPPORTED:
-        raise DataError(f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    if model_type not in FAMILIES:
+        raise DataError(f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    expected = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False}
-    for key, value in expected.items():
-        if getattr(hf, key, value) not in (value, None):
-            raise DataError(f"model.path: config.json has {key}={getattr(hf, key)!r}; only {value!r} is supported")
-    if model_type == "llama" and getattr(hf, "attention_bias", False):
-        raise DataError("model.path: config.json has attention_bias=true, which is not supported for llama")
+    family_of(hf).check(hf)
     rotary_frequencies(hf)
     return hf
 
@@ -111,45 +105,44 @@ def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, o
     recompute: dict[str, Any] = {}
     if actor.recompute:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        ffn_hidden_size=hf.intermediate_size,
-        kv_channels=head_dim(hf),
-        layernorm_epsilon=hf.rms_norm_eps,
-        normalization="RMSNorm",
-        qk_layernorm=hf.model_type == "qwen3",
-        add_qkv_bias=hf.model_type == "qwen2",
-        add_bias_linear=False,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.sequence,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        variable_seq_lengths=parallel.pipeline > 1,
+    fields: dict[str, Any] = {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "ffn_hidden_size": hf.intermediate_size,
+        "kv_channels": head_dim(hf),
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "variable_seq_lengths": parallel.pipeline > 1,
         # megatron asks for this dispatcher with variable lengths, even for dense models.
-        moe_token_dispatcher_type="alltoall",
-        params_dtype=torch_dtype,
-        pipeline_dtype=torch_dtype,
-        bf16=torch_dtype is torch.bfloat16,
+        "moe_token_dispatcher_type": "alltoall",
+        "params_dtype": torch_dtype,
+        "pipeline_dtype": torch_dtype,
+        "bf16": torch_dtype is torch.bfloat16,
         # The loss is a plain sum whose weights already carry every average (token_weight).
-        calculate_per_token_loss=True,
-        perform_initialization=False,
-        use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        bias_dropout_fusion=False,
-        deallocate_pipeline_outputs=True,
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,
+        "use_cpu_initialization": on_cpu,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "bias_dropout_fusion": False,
+        "deallocate_pipeline_outputs": True,
         **recompute,
-    )
+    }
+    return TransformerConfig(**fields | family_of(hf).config_fields(hf))
 
 
 class LogprobHead(ColumnParallelLinear):

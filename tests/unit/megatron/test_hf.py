@@ -261,7 +261,7 @@ def test_shapes_that_are_only_right_together_are_refused(
         ({"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope_type='yarn'; supported: default, llama3"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"attention_bias": True}, "attention_bias=true"),
+        ({"attention_bias": True}, "attention_bias=True"),
     ],
 )
 def test_models_that_are_not_vouched_for(
