@@ -14,7 +14,7 @@ from megatron_mapo.data.sequences import SequenceBatch
 
 VOCAB = 301
 """Odd, so that tensor parallelism has to pad it."""
-MODELS = ("llama", "llama_untied", "qwen2", "qwen3")
+MODELS = ("llama", "llama_untied", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def frozen_batch() -> SequenceBatch:
