@@ -11,9 +11,11 @@ from typing import Any
 from megatron_mapo.config import ParallelConfig
 from megatron_mapo.errors import ConfigError, DataError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text")
 """``model_type`` of the families that ``megatron/families.py`` has an entry for."""
-_QK_NORMS = ("qwen3", "qwen3_moe")
+_QK_NORMS = ("qwen3", "qwen3_moe", "gemma3_text")
+_POST_NORMS = ("gemma2", "gemma3_text")
+_TIED_UNLESS_SAID = ("gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ModelShape:
             kv_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             vocab=hf["vocab_size"],
-            tied=hf.get("tie_word_embeddings", False),
+            tied=hf.get("tie_word_embeddings", kind in _TIED_UNLESS_SAID),
             experts=hf.get("num_experts") or hf.get("num_local_experts") or 0,
             active_experts=hf.get("num_experts_per_tok") or 0,
         )
@@ -112,7 +114,8 @@ class ModelShape:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         matrices = 2 * self.hidden * (queries + keys)
         biases = queries + 2 * keys if self.kind == "qwen2" else 0
-        norms = 2 * self.hidden + (2 * self.head_dim if self.kind in _QK_NORMS else 0)
+        norms = (4 if self.kind in _POST_NORMS else 2) * self.hidden
+        norms += 2 * self.head_dim if self.kind in _QK_NORMS else 0
         return (matrices + biases) // tensor + norms
 
     def mlp_parameters(self, parallel: ParallelConfig) -> int:

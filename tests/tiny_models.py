@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -25,6 +32,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ARCHITECTURES = ("llama", "llama_untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "mixtral")
+"""What ``make_tiny_model`` builds; at least one of each family."""
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = (("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("a", "n"), ("i", "n"), ("e", "r"), ("i", "s"), ("Ġ", "is"))
 """A few merges, so that one token can be several bytes."""
@@ -64,6 +73,16 @@ def _build(arch: str, shape: dict, vocab: int) -> PreTrainedModel:
         return Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True))
     if arch == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**common, head_dim=16, tie_word_embeddings=True))
+    if arch == "mistral":
+        return MistralForCausalLM(MistralConfig(**{"sliding_window": 24} | common))
+    if arch in ("gemma2", "gemma3_text"):
+        # One head dimension that is not hidden / heads, another scale of the scores, a window in every other layer.
+        gemma = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 24} | common
+        if arch == "gemma2":
+            return Gemma2ForCausalLM(
+                Gemma2Config(**{"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0} | gemma)
+            )
+        return Gemma3ForCausalLM(Gemma3TextConfig(**{"sliding_window_pattern": 2} | gemma))
     if arch == "qwen3_moe":
         moe = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, head_dim=16))
@@ -79,7 +98,7 @@ def make_tiny_model(
     vocab: int = 512,
     seed: int = 0,
     scale: float = 3.0,
-    **shape: int,
+    **shape: Any,
 ) -> Path:
     """Save a random tiny model and its tokenizer as a Hugging Face folder.
 
@@ -87,8 +106,9 @@ def make_tiny_model(
 
     Args:
         path: folder to write.
-        arch: ``llama`` (tied embeddings), ``llama_untied``, ``qwen2`` (tied, q/k/v biases),
-            ``qwen3`` (tied, q/k norms), ``qwen3_moe`` (4 experts, 2 of them a token) or ``mixtral``.
+        arch: ``llama`` (tied embeddings), ``llama_untied``, ``qwen2`` (tied, q/k/v biases), ``qwen3`` (tied,
+            q/k norms), ``mistral`` (untied, a window of 24), ``gemma2`` or ``gemma3_text`` (tied, a window of 24
+            in the first of two layers), ``qwen3_moe`` or ``mixtral`` (4 experts, 2 of them a token).
         dtype: type of the saved weights.
         vocab: vocabulary size, at least 267 (the tokenizer's).
         seed: of the weights. The global RNG is left as it was.

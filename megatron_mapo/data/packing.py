@@ -59,7 +59,8 @@ class AttentionBlock:
 
     Attributes:
         query_index: int64 ``[N, Lq]``, local token of each query; padding repeats a row's first.
-        key_index: int64 ``[N, Lk]``, token of the whole microbatch of each key; padding likewise.
+        key_index: int64 ``[N, Lk]``, token of the whole microbatch of each key; padding likewise. Key j
+            of a row is the token at position j of its sequence.
         mask: bool ``[N, Lq, Lk]``, which keys a query sees.
         valid: int64 ``[V]``, flat indices into ``[N * Lq]`` of queries that are not padding.
         target: int64 ``[V]``, local token that each of them belongs to.

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
 
-Table = Mapping[str, tuple[str, list[str]]]
+Table = dict[str, tuple[str, list[str]]]
 """megatron name -> (how the parameter is cut over the tensor group, Hugging Face names).
 
 copy: whole on every rank; rows, columns: cut along dim 0, 1; gate_up: gate and up, each cut by rows, one
@@ -40,7 +43,18 @@ _TOP: Table = {
     "decoder.final_layernorm.weight": ("copy", ["model.norm.weight"]),
     "output_layer.weight": ("rows", ["lm_head.weight"]),
 }
+_GEMMA_LAYER: Table = _LAYER | {
+    "self_attention.linear_proj.post_norm.weight": ("copy", ["post_attention_layernorm.weight"]),
+    "pre_mlp_layernorm.weight": ("copy", ["pre_feedforward_layernorm.weight"]),
+    "mlp.linear_fc2.post_norm.weight": ("copy", ["post_feedforward_layernorm.weight"]),
+}
 _ONLY = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "attention_dropout": 0.0}
+_GEMMA_ONLY = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_bidirectional_attention": False,
+}
 
 
 def _moe_layer(block: str, gate: str, up: str, down: str) -> Table:
@@ -66,8 +80,55 @@ def _moe_fields(hf: PretrainedConfig, rows: int) -> dict[str, Any]:
     }
 
 
-def _nothing(hf: PretrainedConfig) -> dict[str, Any]:
-    return {}
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """megatron's configuration, and what some families need beside it.
+
+    Attributes:
+        embedding_scale: factor on the embeddings, rounded to their type.
+        attention_softcap: attention scores s become ``cap * tanh(s / cap)``.
+        logit_softcap: the same of logits, before the temperature.
+        post_norms: the output of attention and of the MLP is normalised before it is added to the residual.
+        local_rope: layers with a window have a rotary base of their own.
+    """
+
+    embedding_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    post_norms: bool = False
+    local_rope: bool = False
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
+def sliding_windows(hf: PretrainedConfig) -> dict[str, Any]:
+    """megatron's fields for the layers that see only the last ``sliding_window`` tokens.
+
+    Raises:
+        DataError: ``layer_types`` names another kind of attention.
+    """
+    layer_types = getattr(hf, "layer_types", None) or []
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise DataError(f"model.path: config.json has the layer_types {', '.join(sorted(unknown))}; not supported")
+    if getattr(hf, "sliding_window", None) is None or (layer_types and "sliding_attention" not in layer_types):
+        return {}
+    windowed = [int(kind == "sliding_attention") for kind in layer_types]
+    return {"window_size": (hf.sliding_window - 1, 0), "window_attn_skip_freq": windowed or None}
+
+
+def _gemma_fields(hf: PretrainedConfig) -> dict[str, Any]:
+    return sliding_windows(hf) | {
+        "activation_func": gelu_tanh,
+        "layernorm_zero_centered_gamma": True,
+        "softmax_scale": hf.query_pre_attn_scalar**-0.5,
+        "embedding_scale": hf.hidden_size**0.5,
+        "logit_softcap": hf.final_logit_softcapping,
+        "post_norms": True,
+    }
 
 
 @dataclass(frozen=True)
@@ -76,14 +137,14 @@ class Family:
 
     Attributes:
         only: keys of config.json and the one value of each that is supported; a missing key, or null, is fine.
-        config_fields: the fields of megatron's TransformerConfig that differ from a Llama's.
+        config_fields: the fields of ``DecoderConfig`` that differ from a Llama's.
         layer: the name table of one layer; it may depend on config.json (experts, biases).
         top: the name table of what is outside the layers.
         experts: number of experts of a layer; 0 in a dense model.
     """
 
     only: Mapping[str, Any] = field(default_factory=lambda: _ONLY)
-    config_fields: Callable[[PretrainedConfig], dict[str, Any]] = _nothing
+    config_fields: Callable[[PretrainedConfig], dict[str, Any]] = lambda hf: {}
     layer: Callable[[PretrainedConfig], Table] = lambda hf: _LAYER
     top: Table = field(default_factory=lambda: _TOP)
     experts: Callable[[PretrainedConfig], int] = lambda hf: 0
@@ -97,31 +158,42 @@ class Family:
         for key, value in self.only.items():
             if getattr(hf, key, value) not in (value, None):
                 raise DataError(f"model.path: config.json has {key}={getattr(hf, key)!r}; only {value!r} is supported")
+        self.config_fields(hf)
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
+    "mistral": Family(config_fields=sliding_windows),
     "qwen2": Family(
-        only=_ONLY | {"use_sliding_window": False},
-        config_fields=lambda hf: {"add_qkv_bias": True},
-        layer=lambda hf: {**_LAYER, **_QKV_BIAS},
+        config_fields=lambda hf: sliding_windows(hf) | {"add_qkv_bias": True},
+        layer=lambda hf: _LAYER | _QKV_BIAS,
     ),
     "qwen3": Family(
-        only=_ONLY | {"use_sliding_window": False},
-        config_fields=lambda hf: {"qk_layernorm": True},
-        layer=lambda hf: {**_LAYER, **_QK_NORM},
+        config_fields=lambda hf: sliding_windows(hf) | {"qk_layernorm": True},
+        layer=lambda hf: _LAYER | _QK_NORM,
+    ),
+    "gemma2": Family(
+        only=_GEMMA_ONLY,
+        config_fields=lambda hf: _gemma_fields(hf) | {"attention_softcap": hf.attn_logit_softcapping},
+        layer=lambda hf: _GEMMA_LAYER,
+    ),
+    "gemma3_text": Family(
+        only=_GEMMA_ONLY | {"attn_logit_softcapping": None},
+        config_fields=lambda hf: _gemma_fields(hf) | {"qk_layernorm": True, "local_rope": True},
+        layer=lambda hf: _GEMMA_LAYER | _QK_NORM,
     ),
     "qwen3_moe": Family(
         # Weights of the chosen experts that do not sum to 1, and dense layers in between, are not covered.
-        only=_ONLY
-        | {"use_sliding_window": False, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-        config_fields=lambda hf: {"qk_layernorm": True, **_moe_fields(hf, hf.moe_intermediate_size)},
-        layer=lambda hf: {**_moe_layer("mlp", "gate_proj", "up_proj", "down_proj"), **_QK_NORM},
+        only=_ONLY | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        config_fields=lambda hf: (
+            sliding_windows(hf) | _moe_fields(hf, hf.moe_intermediate_size) | {"qk_layernorm": True}
+        ),
+        layer=lambda hf: _moe_layer("mlp", "gate_proj", "up_proj", "down_proj") | _QK_NORM,
         experts=lambda hf: hf.num_local_experts,
     ),
     "mixtral": Family(
-        only=_ONLY | {"sliding_window": None, "router_jitter_noise": 0.0},
-        config_fields=lambda hf: _moe_fields(hf, hf.intermediate_size),
+        only=_ONLY | {"router_jitter_noise": 0.0},
+        config_fields=lambda hf: sliding_windows(hf) | _moe_fields(hf, hf.intermediate_size),
         layer=lambda hf: _moe_layer("block_sparse_moe", "w1", "w3", "w2"),
         experts=lambda hf: hf.num_local_experts,
     ),

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Tempered logits ``[chunk, V]``, in float32 or wider."""
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Capped, then tempered logits ``[chunk, V]``, in float32 or wider."""
     logits = hidden @ weight.t()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -25,17 +27,27 @@ class _ChunkedLogprobs(torch.autograd.Function):
     With z the tempered logits, p = softmax(z), y the label and H the entropy::
 
         d log p_y / d z_j = [j = y] - p_j          d H / d z_j = -p_j (log p_j + H)
+
+    A cap c on the logits x, z = c tanh(x / c) / temperature, adds the factor 1 - tanh^2(x / c).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, temperature: float, chunk: int, group: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        first: int,
+        temperature: float,
+        softcap: float | None,
+        chunk: int,
+        group: Any,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, normalizer = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
-            z = _logits(hidden[part], weight, temperature)
+            z = _logits(hidden[part], weight, temperature, softcap)
             top = z.amax(-1)
             if group is not None:
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
@@ -52,7 +64,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logprobs[part] = sums[2] - normalizer[part]
             entropy[part] = normalizer[part] - sums[1] / sums[0]
         ctx.save_for_backward(hidden, weight, labels, normalizer, entropy)
-        ctx.temperature, ctx.chunk, ctx.first = temperature, chunk, first
+        ctx.temperature, ctx.softcap, ctx.chunk, ctx.first = temperature, softcap, chunk, first
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -61,13 +73,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, labels, normalizer, entropy = ctx.saved_tensors
         grad_logprobs, grad_entropy = grads
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         grad_hidden = torch.zeros_like(hidden)
         # Summed over chunks in float32: bfloat16 would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
         for i in range(0, len(hidden), ctx.chunk):
             part = slice(i, i + ctx.chunk)
-            logp = _logits(hidden[part], weight, ctx.temperature).sub_(normalizer[part, None])
+            logp = _logits(hidden[part], weight, ctx.temperature, ctx.softcap)
+            cap_slope = None
+            if ctx.softcap is not None:
+                cap_slope = (logp * (ctx.temperature / ctx.softcap)).square_().neg_().add_(1.0)
+            logp.sub_(normalizer[part, None])
             p = logp.exp()
             if grad_entropy is None:
                 del logp
@@ -82,6 +98,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 here = (local >= 0) & (local < len(weight))
                 index = local.clamp(0, len(weight) - 1)[:, None]
                 dz.scatter_add_(1, index, grad_logprobs[part].where(here, 0.0)[:, None])
+            if cap_slope is not None:
+                dz.mul_(cap_slope)
             if ctx.temperature != 1.0:
                 dz.div_(ctx.temperature)
             dz = dz.to(hidden.dtype)
@@ -90,7 +108,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(dz.t(), hidden[part])
             else:
                 grad_weight += dz.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), *(None,) * 6
 
 
 def chunked_logprobs(
@@ -99,6 +117,7 @@ def chunked_logprobs(
     labels: Tensor,
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
     chunk: int = 256,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -112,6 +131,7 @@ def chunked_logprobs(
         weight: ``[V, H]``, this rank's rows of the output matrix, in rank order.
         labels: int64 ``[S]``, global token ids.
         temperature: logits are divided by it.
+        softcap: before that, logits x become ``softcap * tanh(x / softcap)``; None: as they are.
         chunk: tokens whose logits exist at one time.
         vocab_size: real size of the whole vocabulary; rows beyond it are padding. None: no padding.
         group: tensor-parallel group; None or of size 1: ``weight`` is the whole matrix.
@@ -124,4 +144,4 @@ def chunked_logprobs(
     first = group.rank() * len(weight) if group is not None else 0
     if vocab_size is not None:
         weight = weight[: vocab_size - first]
-    return _ChunkedLogprobs.apply(hidden, weight, labels, first, temperature, chunk, group)
+    return _ChunkedLogprobs.apply(hidden, weight, labels, first, temperature, softcap, chunk, group)

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -28,7 +27,7 @@ from megatron_mapo.config import ActorConfig, Dtype
 from megatron_mapo.data.packing import PackedBatch
 from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.attention import PackedParams, layer_spec
-from megatron_mapo.megatron.families import FAMILIES, family_of
+from megatron_mapo.megatron.families import FAMILIES, DecoderConfig, family_of
 from megatron_mapo.megatron.logprobs import chunked_logprobs
 from megatron_mapo.model_shape import ModelShape
 
@@ -42,13 +41,17 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise DataError(f"model.path: {file} does not exist")
-    model_type = json.loads(file.read_text()).get("model_type")
+    _known(json.loads(file.read_text()).get("model_type"))
+    hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    _known(hf.model_type)  # transformers reads some configurations as those of another architecture
+    family_of(hf).check(hf)
+    rotary(hf)
+    return hf
+
+
+def _known(model_type: str | None) -> None:
     if model_type not in FAMILIES:
         raise DataError(f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    family_of(hf).check(hf)
-    rotary_frequencies(hf)
-    return hf
 
 
 def head_dim(hf: PretrainedConfig) -> int:
@@ -56,22 +59,38 @@ def head_dim(hf: PretrainedConfig) -> int:
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
-def rotary_frequencies(hf: PretrainedConfig) -> Tensor:
-    """Inverse frequencies of the rotary embedding, float32 ``[head_dim / 2]``.
+def rotary(hf: PretrainedConfig) -> tuple[Tensor, float]:
+    """The rotary embedding of config.json.
+
+    Returns:
+        inverse frequencies, float32 ``[kinds, head_dim / 2]``: those of all layers, or (two kinds) of global
+        and of windowed ones; and the factor on queries and keys (yarn).
 
     Raises:
-        DataError: a scaling other than none or llama3.
+        DataError: a scaling that depends on the length at hand, or a part of the head without rotation.
     """
     rope = hf.rope_parameters
+    if "rope_type" in rope:
+        return _rotary(hf, rope, None)
+    kinds = [_rotary(hf, rope[kind], kind) for kind in ("full_attention", "sliding_attention")]
+    if any(factor != 1.0 for _, factor in kinds):
+        raise DataError("model.path: config.json scales queries and keys (yarn) in some layers, which is not supported")
+    return torch.cat([frequencies for frequencies, _ in kinds]), 1.0
+
+
+def _rotary(hf: PretrainedConfig, rope: dict[str, Any], layer_type: str | None) -> tuple[Tensor, float]:
     kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise DataError("model.path: config.json has a partial_rotary_factor; only 1.0 is supported")
     if kind == "default":
         dim = head_dim(hf)
-        return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    if kind == "llama3":
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)[None], 1.0
+    if kind in ("linear", "llama3", "yarn"):
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        return ROPE_INIT_FUNCTIONS["llama3"](hf, torch.device("cpu"))[0]
-    raise DataError(f"model.path: config.json has rope_type={kind!r}; supported: default, llama3")
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"), layer_type=layer_type)
+        return frequencies[None], factor
+    raise DataError(f"model.path: config.json has rope_type={kind!r}; supported: default, linear, llama3, yarn")
 
 
 def padded_vocab_size(hf: PretrainedConfig, tensor_parallel: int) -> int:
@@ -79,7 +98,7 @@ def padded_vocab_size(hf: PretrainedConfig, tensor_parallel: int) -> int:
     return -(-hf.vocab_size // tensor_parallel) * tensor_parallel
 
 
-def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, on_cpu: bool) -> TransformerConfig:
+def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, on_cpu: bool) -> DecoderConfig:
     """megatron's configuration of this model in this layout.
 
     Raises:
@@ -132,7 +151,10 @@ def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, o
         "deallocate_pipeline_outputs": True,
         **recompute,
     }
-    return TransformerConfig(**fields | family_of(hf).config_fields(hf))
+    fields |= family_of(hf).config_fields(hf)
+    # Queries and keys that are each scaled by a factor: their products are, by its square.
+    fields["softmax_scale"] = fields.get("softmax_scale", head_dim(hf) ** -0.5) * rotary(hf)[1] ** 2
+    return DecoderConfig(**fields)
 
 
 class LogprobHead(ColumnParallelLinear):
@@ -165,6 +187,7 @@ class LogprobHead(ColumnParallelLinear):
             weight,
             batch.labels,
             temperature=temperature,
+            softcap=self.config.logit_softcap,
             chunk=chunk,
             vocab_size=vocab_size,
             group=group,
@@ -184,7 +207,7 @@ class PolicyModel(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, hf: PretrainedConfig, *, temperature: float, logprob_chunk: int, chunk: int = 0
+        self, config: DecoderConfig, hf: PretrainedConfig, *, temperature: float, logprob_chunk: int, chunk: int = 0
     ) -> None:
         super().__init__(
             config,
@@ -205,7 +228,7 @@ class PolicyModel(GPTModel):
         self.hf_vocab_size = hf.vocab_size
         self.temperature = temperature
         self.logprob_chunk = logprob_chunk
-        frequencies = rotary_frequencies(hf).repeat(2)
+        frequencies = rotary(hf)[0].repeat(1, 2)
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
 
     def _preprocess(
@@ -220,8 +243,10 @@ class PolicyModel(GPTModel):
         """Embed the tokens, and make the rotary angles of their explicit positions."""
         if self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        angles = position_ids[0].float()[:, None] * self.rotary_frequencies
-        return decoder_input, angles[:, None, None, :], None, None, None, None
+            if self.config.embedding_scale is not None:
+                decoder_input = decoder_input * decoder_input.new_tensor(self.config.embedding_scale)
+        angles = position_ids[0].float()[:, None, None] * self.rotary_frequencies
+        return decoder_input, angles[:, None], None, None, None, None
 
     def _postprocess(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         """Hidden states for the next stage, or ``[2, S]`` log-probs and entropies on the last one."""

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Launcher
-from tiny_models import make_tiny_model
+from tiny_models import ARCHITECTURES, make_tiny_model
 
 from megatron_mapo.data.sequences import SequenceBatch
 
 VOCAB = 301
 """Odd, so that tensor parallelism has to pad it."""
-MODELS = {name: (name, {}) for name in ("llama", "llama_untied", "qwen2", "qwen3", "qwen3_moe", "mixtral")} | {
+MODELS = {name: (name, {}) for name in ARCHITECTURES} | {
     "deep": ("llama_untied", {"num_hidden_layers": 4}),
     "deep_tied": ("llama", {"num_hidden_layers": 4}),
 }

@@ -137,18 +137,27 @@ def freeze_columns(models: list[str], folder: str) -> None:
         save_file(columns, str(Path(folder) / f"columns_{model}.safetensors"))
 
 
-def export(cases: dict[str, dict[str, Any]], folder: str, out: str) -> None:
-    """Load and write each model in each layout, without training."""
-    for name, case in cases.items():
-        config = read_config(str(Path(folder) / case["model"]), case["options"])
-        with layout(config) as ranks:
-            model, hf = build_model(config, config.model.path, ranks.device)
-            if ranks.is_main:
-                save_folder(named_weights(model, hf), config.model.path, Path(out) / name)
-            else:
-                for _ in named_weights(model, hf):
-                    pass
-            ranks.barrier()
+def score_and_export(layouts: dict[str, list[str]], architectures: list[str], folder: str) -> None:
+    """In each layout: each float32 model's scores of the batch; each float32 and bfloat16 model written again."""
+    out = Path(folder) / "out"
+    batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
+    for name, options in layouts.items():
+        with layout(read_config("unused", options)) as ranks:
+            for arch in architectures:
+                policy = Policy(read_config("unused", options), ranks, Path(folder) / "float32" / arch, 1)
+                scores = policy.log_probs(batch)
+                if ranks.is_main:
+                    found = {"logprobs": scores.logprobs, "entropy": scores.entropy}
+                    save_file(found, out / f"{name}-{arch}.safetensors")
+                for dtype in ("float32", "bfloat16"):
+                    source = Path(folder) / dtype / arch
+                    config = read_config("unused", [*options, f"model.dtype={dtype}"])
+                    model, hf = build_model(config, source, ranks.device)
+                    if ranks.is_main:
+                        save_folder(named_weights(model, hf), source, out / f"{name}-{arch}-{dtype}")
+                    else:
+                        for _ in named_weights(model, hf):
+                            pass
 
 
 def errors(cases: dict[str, dict[str, Any]], folder: str) -> dict[str, list[str]]:
@@ -167,7 +176,7 @@ def errors(cases: dict[str, dict[str, Any]], folder: str) -> dict[str, list[str]
     return out
 
 
-def vocab_parallel(file: str, vocab: int, temperature: float, chunk: int) -> None:
+def vocab_parallel(file: str, vocab: int, temperature: float, softcap: float | None, chunk: int) -> None:
     """Log-probs over rows cut between the ranks, zero-padded at the end; each rank writes what it got."""
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -182,6 +191,7 @@ def vocab_parallel(file: str, vocab: int, temperature: float, chunk: int) -> Non
         weight,
         case["labels"],
         temperature=temperature,
+        softcap=softcap,
         chunk=chunk,
         vocab_size=vocab,
         group=dist.group.WORLD,

@@ -63,6 +63,8 @@ CASES = {
     "tp2-sp": Case(2, "llama_untied", "sequence_kl", TP + SP),
     "tp2-qwen2": Case(2, "qwen2", "constant", TP + SMALL),
     "tp2-qwen3": Case(2, "qwen3", "token", TP),
+    "tp2-sp-gemma3": Case(2, "gemma3_text", "token", TP + SP + ["actor.recompute=true"]),
+    "cp2-gemma2": Case(2, "gemma2", "sequence_kl", CP),
     "pp2-tied": Case(2, "llama", "token", PP + SMALL),
     "pp2-untied": Case(2, "llama_untied", "sequence_kl", PP + SMALL),
     "cp2": Case(2, "llama_untied", "sequence_kl", CP + SMALL),

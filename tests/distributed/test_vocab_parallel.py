@@ -10,9 +10,11 @@ from harness import Launcher
 from safetensors.torch import load_file, save_file
 
 
-@pytest.mark.parametrize(("vocab", "temperature", "chunk"), [(50, 1.0, 7), (51, 0.6, 64)])
+@pytest.mark.parametrize(
+    ("vocab", "temperature", "softcap", "chunk"), [(50, 1.0, None, 7), (51, 0.6, None, 64), (51, 0.6, 3.0, 7)]
+)
 def test_cut_vocabulary_equals_the_whole_one(
-    vocab: int, temperature: float, chunk: int, launcher: Launcher, tmp_path: Path
+    vocab: int, temperature: float, softcap: float | None, chunk: int, launcher: Launcher, tmp_path: Path
 ) -> None:
     g = torch.Generator().manual_seed(0)
     case = {
@@ -25,12 +27,14 @@ def test_cut_vocabulary_equals_the_whole_one(
     case["labels"][:2] = torch.tensor([0, vocab - 1])
     file = tmp_path / "case"
     save_file(case, str(file))
-    arguments = {"file": str(file), "vocab": vocab, "temperature": temperature, "chunk": chunk}
+    arguments = {"file": str(file), "vocab": vocab, "temperature": temperature, "softcap": softcap, "chunk": chunk}
     launcher.run(2, "vocab_parallel", arguments)
     ranks = [load_file(f"{file}.rank{r}") for r in range(2)]
 
     hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
-    logp = (hidden @ weight.t() / temperature).log_softmax(-1)
+    logits = hidden @ weight.t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logp = (logits / temperature).log_softmax(-1)
     logprobs, entropy = logp.gather(1, case["labels"][:, None])[:, 0], -(logp.exp() * logp).sum(-1)
     ((logprobs * case["factor_logprobs"]).sum() + (entropy * case["factor_entropy"]).sum()).backward()
     for rank in ranks:

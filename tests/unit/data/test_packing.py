@@ -115,10 +115,10 @@ def check_tokens(batch: SequenceBatch, mine: list[Place], part: PackedBatch) -> 
 
 
 def check_visible(places: list[Place], query: Place, keys: list[int]) -> None:
-    """Exactly the tokens 0..index of the query's own sequence, each once (invariant 5)."""
+    """Exactly the tokens 0..index of the query's own sequence, each once, in their order (invariant 5)."""
     for sequence in query.sequences:
         assert all(sequence in places[k].sequences for k in keys)
-        assert sorted(places[k].index for k in keys) == list(range(query.index + 1))
+        assert [places[k].index for k in keys] == list(range(query.index + 1))
 
 
 def check_scores(

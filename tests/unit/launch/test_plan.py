@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from tiny_models import make_tiny_model
+from tiny_models import ARCHITECTURES, make_tiny_model
 
 from megatron_mapo.config import Config, ParallelConfig, load_config
 from megatron_mapo.errors import ConfigError, DataError, MapoError
 from megatron_mapo.launch.plan import make_plan
 from megatron_mapo.model_shape import ModelShape
-
-ARCHITECTURES = ("llama", "llama_untied", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference import transformers_scores
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_model
+from tiny_models import ARCHITECTURES, make_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +24,7 @@ from megatron_mapo.megatron.hf import load_weights, named_weights, save_folder
 from megatron_mapo.megatron.model import load_hf_config
 from megatron_mapo.megatron.policy import Policy, build_model
 from megatron_mapo.megatron.runtime import Runtime
-from megatron_mapo.model_shape import ARCHITECTURES
+from megatron_mapo.model_shape import ARCHITECTURES as KNOWN
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,16 +34,24 @@ LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 64,
 }
-VARIANTS = {
-    "llama": ("llama", {}),
-    "llama_untied": ("llama_untied", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "qwen3_moe": ("qwen3_moe", {}),
-    "mixtral": ("mixtral", {}),
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {arch: (arch, {}) for arch in ARCHITECTURES} | {
     "llama3_rope": ("llama", {"rope_parameters": LLAMA3}),
     "llama3_rope_steep": ("llama", {"rope_parameters": LLAMA3 | {"factor": 32.0, "high_freq_factor": 8.0}}),
     "odd_vocabulary": ("llama_untied", {"vocab": 301}),
+    "llama2": ("llama_untied", {"num_key_value_heads": 4}),
+    "linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "yarn_rope": ("qwen2", {"rope_parameters": YARN}),
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "mistral_no_window": ("mistral", {"sliding_window": None}),
+    "gemma2_no_attention_cap": ("gemma2", {"attn_logit_softcapping": None}),
+    "gemma2_no_logit_cap": ("gemma2", {"final_logit_softcapping": None}),
+    "gemma2_no_window": ("gemma2", {"layer_types": ["full_attention"] * 2}),
+    "gemma3_text_linear_rope": ("gemma3_text", {"rope_parameters": GEMMA3_ROPE}),
     "rope_base": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
 }
 
@@ -79,16 +88,8 @@ def ragged_batch() -> SequenceBatch:
     return SequenceBatch.from_responses(prompts, responses, group_ids=ids)
 
 
-@torch.no_grad()
-def transformers_scores(path: Path, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    logprobs, entropies = [], []
-    for i in range(len(batch)):
-        tokens = batch.tokens[batch.offsets[i] : batch.offsets[i + 1]].long()
-        logp = model(tokens[None]).logits[0].double().log_softmax(-1)[int(batch.prompt_lens[i]) - 1 : -1]
-        logprobs.append(logp.gather(1, tokens[int(batch.prompt_lens[i]) :, None])[:, 0])
-        entropies.append(-(logp.exp() * logp).sum(-1))
-    return torch.cat(logprobs), torch.cat(entropies)
+def test_every_family_has_a_tiny_model(folder: Callable[..., Path]) -> None:
+    assert {load_hf_config(folder(arch)).model_type for arch in ARCHITECTURES} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -107,21 +108,33 @@ def test_scores_equal_those_of_transformers(
 
 
 def test_every_family_is_known_before_torch_is() -> None:
-    assert set(ARCHITECTURES) == set(FAMILIES)
+    assert set(KNOWN) == set(FAMILIES)
 
 
-def test_scaled_rope_is_not_the_plain_one(folder: Callable[..., Path]) -> None:
-    """Otherwise the comparison above could not tell them apart: the weights are the same."""
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("llama", "llama3_rope"),
+        ("llama", "linear_rope"),
+        ("llama3_rope", "llama3_rope_steep"),
+        ("qwen2", "yarn_rope"),
+        ("qwen2", "qwen2_window"),
+        ("mistral", "mistral_no_window"),
+        ("gemma2", "gemma2_no_attention_cap"),
+        ("gemma2", "gemma2_no_logit_cap"),
+        ("gemma2", "gemma2_no_window"),
+        ("gemma3_text", "gemma3_text_linear_rope"),
+    ],
+)
+def test_variants_of_the_same_weights_differ(one: str, other: str, folder: Callable[..., Path]) -> None:
+    """Otherwise the comparison above could not tell them apart."""
     batch = ragged_batch()
-    plain, scaled, steep = (
-        transformers_scores(folder(v), batch)[0] for v in ("llama", "llama3_rope", "llama3_rope_steep")
-    )
-    assert (plain - scaled).abs().max() > 0.1
-    assert (steep - scaled).abs().max() > 0.1
+    first, second = (transformers_scores(folder(v), batch)[0] for v in (one, other))
+    assert (first - second).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "rope" not in v])
+@pytest.mark.parametrize("variant", [*ARCHITECTURES, "odd_vocabulary"])
 def test_weights_come_back_bit_by_bit(
     variant: str, dtype: torch.dtype, folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -264,12 +277,15 @@ def test_shapes_that_are_only_right_together_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported; supported: llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "architecture 'gpt2' is not supported; supported: llama, mistral, qwen2"),
         ({"model_type": None}, "architecture None is not supported"),
-        ({"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope_type='yarn'; supported: default, llama3"),
+        ({"rope_parameters": LLAMA3 | {"rope_type": "dynamic"}}, "rope_type='dynamic'; supported: default, linear"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2, "sliding_window": 8}, "'ministral' is not"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer_types chunked_attention"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.5}}, "only 1.0"),
     ],
 )
 def test_models_that_are_not_vouched_for(

@@ -56,6 +56,21 @@ def test_values_and_gradients_are_those_of_dense_logits(
         assert (a - b).abs().max() <= bound * b.abs().max()
 
 
+@pytest.mark.parametrize("through", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_capped_logits_are_those_of_autograd(through: tuple[bool, bool], temperature: float) -> None:
+    """The cap of 3 bites: logits have a standard deviation of 4. Two padding rows beside it."""
+    hidden, weight, labels = make_case(20, 16, 52, torch.float64)
+    labels = labels.clamp(max=49)
+    mine = chunked_logprobs(hidden, weight, labels, temperature=temperature, softcap=3.0, chunk=7, vocab_size=50)
+    logp = (3.0 * torch.tanh(hidden @ weight[:50].t() / 3.0) / temperature).log_softmax(-1)
+    dense = logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    found = value_and_gradients(mine, (hidden, weight), through)
+    expected = value_and_gradients(dense, (hidden, weight), through)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
 def test_bfloat16_hidden_states_are_scored_in_float32() -> None:
     """Logits come out of the product in bfloat16; everything behind it is float32."""
     hidden, weight, labels = make_case(20, 16, 50, torch.bfloat16)
