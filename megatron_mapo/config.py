@@ -32,6 +32,7 @@ from rich.table import Table
 
 from megatron_mapo.errors import ConfigError
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -79,6 +80,8 @@ class SyncMode(StrEnum):
 
 
 class ReferencePlacement(StrEnum):
+    auto = "auto"
+    base = "base"
     host = "host"
     device = "device"
 
@@ -206,6 +209,18 @@ class OptimConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA): the model is frozen, its projections get an update of low rank."""
+
+    rank: int = 0
+    """Rank of the update; 0: no adapters, all weights are trained."""
+    alpha: float = 32.0
+    """The update is scaled by `alpha / rank`."""
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    """Projections that get adapters, of `q_proj k_proj v_proj o_proj gate_proj up_proj down_proj`."""
+
+
+@dataclass
 class ActorConfig:
     """The model in training."""
 
@@ -217,8 +232,10 @@ class ActorConfig:
     """Loss."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
-    reference: ReferencePlacement = ReferencePlacement.host
-    """Weights of the reference model: in `host` memory, swapped in when needed, or a second copy on the `device`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters in place of full fine-tuning."""
+    reference: ReferencePlacement = ReferencePlacement.auto
+    """Reference weights: in `host` memory and swapped in, a second model on the `device`, or the `base` under LoRA."""
     mini_batches: int = 1
     """Optimizer updates per pass over a rollout batch; the batch is cut by groups."""
     epochs: int = 1
@@ -617,7 +634,7 @@ _RANGES: tuple[_Check, ...] = (
     (
         "0 or more",
         lambda v: v >= 0,
-        "actor.optim.warmup_steps rollout.retries rollout.server.threads trainer.save_interval "
+        "actor.optim.warmup_steps actor.lora.rank rollout.retries rollout.server.threads trainer.save_interval "
         "trainer.evaluation.interval trainer.evaluation.samples trainer.threads tracking.samples "
         "reward.memory_mb",
     ),
@@ -630,8 +647,8 @@ _RANGES: tuple[_Check, ...] = (
     (
         "greater than 0 and finite",
         lambda v: 0 < v < math.inf,
-        "actor.optim.lr actor.optim.clip_grad rollout.temperature rollout.timeout rollout.server.startup_timeout "
-        "rollout.sync.timeout reward.timeout trainer.collective_timeout",
+        "actor.optim.lr actor.optim.clip_grad actor.lora.alpha rollout.temperature rollout.timeout "
+        "rollout.server.startup_timeout rollout.sync.timeout reward.timeout trainer.collective_timeout",
     ),
     ("finite", math.isfinite, "actor.adv_norm.success_threshold reward.correct reward.wrong"),
     ("from 0 to 1", lambda v: 0 <= v <= 1, "actor.loss.clip_low"),
@@ -737,6 +754,15 @@ def _validate_actor(config: Config) -> None:
     _require(
         actor.parallel.virtual_pipeline == 1 or actor.parallel.pipeline > 1,
         f"actor.parallel.virtual_pipeline={actor.parallel.virtual_pipeline} needs actor.parallel.pipeline above 1",
+    )
+    unknown = set(actor.lora.targets) - set(LORA_TARGETS)
+    _require(
+        not unknown and bool(actor.lora.targets),
+        f"actor.lora.targets must name some of {', '.join(LORA_TARGETS)}; got {actor.lora.targets}",
+    )
+    _require(
+        actor.reference is not ReferencePlacement.base or actor.lora.rank > 0,
+        "actor.reference=base is the model under LoRA adapters: it needs actor.lora.rank of at least 1",
     )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     _require(

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mapo.errors import CheckpointError
+from megatron_mapo.megatron.lora import adapted_layers
 from megatron_mapo.megatron.model import PolicyModel
 from megatron_mapo.megatron.policy import Policy
 from megatron_mapo.megatron.runtime import Runtime
@@ -44,13 +45,21 @@ def _metadata() -> dict[str, Any]:
 
 
 def _sharded_model(chunks: list[PolicyModel], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Cut tensors of every chunk. Their keys name the whole model's layers, whatever the layout."""
-    return {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    """Cut tensors of every chunk. Their keys name the whole model's layers, whatever the layout.
+
+    Under LoRA only the adapters: the frozen rest is in the model's folder.
+    """
+    adapted = any(True for _ in adapted_layers(chunks))
+    state: dict[str, Any] = {}
+    for i, chunk in enumerate(chunks):
+        whole = chunk.sharded_state_dict(metadata=metadata)
+        state[f"chunk{i}"] = {key: value for key, value in whole.items() if not adapted or ".adapters." in key}
+    return state
 
 
 def _load_chunks(chunks: list[PolicyModel], state: dict[str, Any]) -> None:
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"chunk{i}"], strict=True)
+        chunk.load_state_dict({**chunk.state_dict(), **state[f"chunk{i}"]}, strict=True)
 
 
 def _sharded_state(policy: Policy, runtime: Runtime, is_loading: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.families import family_of
+from megatron_mapo.megatron.lora import Adapted
 from megatron_mapo.megatron.model import PolicyModel, head_dim
 
 # Everything beside the weights that a Hugging Face folder carries.
@@ -37,6 +38,7 @@ class Entry:
     Attributes:
         expert: number of the expert among this rank's, -1 outside experts; its names have a field
             ``{expert}`` for the number among all.
+        adapted: the layer with LoRA adapters whose weight this is.
         is_copy: this is the last stage's copy of tied embeddings; the first stage has the other one.
     """
 
@@ -45,6 +47,14 @@ class Entry:
     value: Tensor
     expert: int = -1
     is_copy: bool = False
+    adapted: Adapted | None = None
+
+    def merged(self) -> Tensor:
+        """The value, with the update of the adapters that its layer may have."""
+        value = self.value.detach()
+        if self.adapted is not None:
+            value = (value.float() + self.adapted.weight_update()).to(value.dtype)
+        return value.contiguous()
 
 
 def entries(chunks: list[PolicyModel], hf: PretrainedConfig) -> list[Entry]:
@@ -53,7 +63,12 @@ def entries(chunks: list[PolicyModel], hf: PretrainedConfig) -> list[Entry]:
     Raises:
         DataError: the model has a parameter that the table does not know.
     """
-    return [_entry(chunk, hf, name, value) for chunk in chunks for name, value in chunk.named_parameters()]
+    return [
+        _entry(chunk, hf, name, value)
+        for chunk in chunks
+        for name, value in chunk.named_parameters()
+        if ".adapters." not in name
+    ]
 
 
 def _entry(chunk: PolicyModel, hf: PretrainedConfig, name: str, value: Tensor) -> Entry:
@@ -70,7 +85,9 @@ def _entry(chunk: PolicyModel, hf: PretrainedConfig, name: str, value: Tensor) -
     tied_output = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
     if tied_output:
         names = ["model.embed_tokens.weight"]
-    return Entry(kind, names, value, int(expert[2]) if expert else -1, tied_output)
+    owner = chunk.get_submodule(name.rpartition(".")[0])
+    adapted = owner if isinstance(owner, Adapted) and name.endswith(".weight") else None
+    return Entry(kind, names, value, int(expert[2]) if expert else -1, tied_output, adapted)
 
 
 class SafetensorsFolder:
@@ -206,14 +223,37 @@ def named_weights(chunks: list[PolicyModel], hf: PretrainedConfig) -> Iterator[t
 
     Every rank must exhaust the iterator. A tensor is valid until the next one is asked for.
     """
+    yield from _gathered([e for e in entries(chunks, hf) if not e.is_copy], hf)
+
+
+@torch.no_grad()
+def named_adapters(chunks: list[PolicyModel], hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """All LoRA matrices under PEFT's names, whole. Collective, as ``named_weights``."""
+    mine = []
+    for chunk in chunks:
+        for name, value in chunk.named_parameters():
+            found = re.fullmatch(r"decoder\.layers\.(\d+)\.(\w+)\.\w+\.adapters\.(\w+)\.(lora_[AB])", name)
+            if found:
+                number = chunk.decoder.layers[int(found[1])].layer_number - 1
+                block = {"self_attention": "self_attn"}.get(found[2], found[2])
+                cut = "copy"
+                if getattr(value, "tensor_model_parallel", False):
+                    cut = ("slices", "columns")[value.partition_dim]
+                path = f"model.layers.{number}.{block}.{found[3]}.{found[4]}.weight"
+                mine.append(Entry(cut, [f"base_model.model.{path}"], value))
+    yield from _gathered(mine, hf)
+
+
+def _gathered(mine: list[Entry], hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """The whole Hugging Face tensors of every stage's entries."""
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    mine = [e for e in entries(chunks, hf) if not e.is_copy]
     tables: list[list[Entry]] = [[] for _ in range(pipeline_group.size())]
-    dist.all_gather_object(tables, [replace(e, value=e.value.to("meta")) for e in mine], group=pipeline_group)
+    described = [replace(e, value=e.value.to("meta"), adapted=None) for e in mine]
+    dist.all_gather_object(tables, described, group=pipeline_group)
     for stage, table in enumerate(tables):
         for i, entry in enumerate(table):
             if stage == pipeline_group.rank():
-                local = mine[i].value.detach().contiguous()
+                local = mine[i].merged()
             else:
                 local = torch.empty_like(entry.value, device=mine[0].value.device)
             if pipeline_group.size() > 1:
@@ -234,6 +274,8 @@ def _join(kind: str, parts: Tensor, hf: PretrainedConfig) -> list[Tensor]:
         return [parts[0]]
     if kind == "rows":
         return [parts.flatten(0, 1)[: hf.vocab_size]]
+    if kind == "slices":
+        return [parts.flatten(0, 1)]
     if kind == "columns":
         return [torch.cat(list(parts), 1)]
     if kind == "gate_up":

@@ -76,7 +76,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             return (None,) * 8
         grad_hidden = torch.zeros_like(hidden)
         # Summed over chunks in float32: bfloat16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=normalizer.dtype) if ctx.needs_input_grad[1] else None
         for i in range(0, len(hidden), ctx.chunk):
             part = slice(i, i + ctx.chunk)
             logp = _logits(hidden[part], weight, ctx.temperature, ctx.softcap)
@@ -104,11 +104,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 dz.div_(ctx.temperature)
             dz = dz.to(hidden.dtype)
             grad_hidden[part] = dz @ weight
+            if grad_weight is None:
+                continue
             if dz.dtype == grad_weight.dtype:
                 grad_weight.addmm_(dz.t(), hidden[part])
             else:
                 grad_weight += dz.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), *(None,) * 6
+        weight_grad = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, weight_grad, *(None,) * 6
 
 
 def chunked_logprobs(

@@ -243,6 +243,9 @@ class PolicyModel(GPTModel):
         """Embed the tokens, and make the rotary angles of their explicit positions."""
         if self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            if self.training and self.config.recompute_granularity and not decoder_input.requires_grad:
+                # Under frozen embeddings: a recomputed layer has a gradient only if its input has one.
+                decoder_input.requires_grad_()
             if self.config.embedding_scale is not None:
                 decoder_input = decoder_input * decoder_input.new_tensor(self.config.embedding_scale)
         angles = position_ids[0].float()[:, None, None] * self.rotary_frequencies

@@ -20,7 +20,8 @@ from megatron_mapo.config import Config, LossAggregation, ReferencePlacement
 from megatron_mapo.data.packing import PackedBatch, PackingSpec, equal_lengths, pack, plan_microbatches
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import TrainingError
-from megatron_mapo.megatron.hf import load_weights, named_weights
+from megatron_mapo.megatron.hf import load_weights, named_adapters, named_weights
+from megatron_mapo.megatron.lora import BaseReference, add_adapters
 from megatron_mapo.megatron.model import PolicyModel, forward_microbatch, load_hf_config, transformer_config
 from megatron_mapo.megatron.optimizer import build_optimizer, data_parallel
 from megatron_mapo.megatron.reference import DeviceReference, HostReference, Reference
@@ -103,6 +104,8 @@ def build_model(config: Config, path: str | Path, device: torch.device) -> tuple
         for i in range(config.actor.parallel.virtual_pipeline)
     ]
     load_weights(chunks, hf, path)
+    if config.actor.lora.rank:
+        add_adapters(chunks, config.actor.lora, config.run.seed)
     return chunks, hf
 
 
@@ -136,7 +139,10 @@ class Policy:
 
     def _build_reference(self) -> Reference:
         """The reference is the model that the run started from, which the actor still is at this moment."""
-        if self.config.actor.reference is ReferencePlacement.device:
+        actor = self.config.actor
+        if actor.lora.rank and actor.reference in (ReferencePlacement.auto, ReferencePlacement.base):
+            return BaseReference(self.chunks)
+        if actor.reference is ReferencePlacement.device:
             return DeviceReference(build_model(self.config, self.model_path, self.runtime.device)[0])
         return HostReference(self.chunks)
 
@@ -144,6 +150,11 @@ class Policy:
         """The actor's weights under their Hugging Face names (see ``hf.named_weights``). Collective."""
         self.gather_parameters()
         return named_weights(self.chunks, self.hf)
+
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """The actor's LoRA adapters under PEFT's names (see ``hf.named_adapters``). Collective."""
+        self.gather_parameters()
+        return named_adapters(self.chunks, self.hf)
 
     def gather_parameters(self) -> None:
         """Bring all updated weights to this rank before anything but a forward pass reads them. Collective.

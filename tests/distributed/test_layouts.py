@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ LOSSES = {
 TP, SP, PP, CP = ([f"actor.parallel.{k}"] for k in ("tensor=2", "sequence=true", "pipeline=2", "context=2"))
 SMALL = ["actor.microbatch_tokens=80"]
 VPP = [*PP, "actor.parallel.virtual_pipeline=2"]
+LORA = ["actor.lora.rank=4", "actor.lora.alpha=16", "actor.optim.lr=0.1"]
 EP, ETP = ["actor.parallel.expert=2"], ["actor.parallel.expert_tensor=2"]
 
 
@@ -47,10 +49,16 @@ class Case:
     options: list[str]
     rows: list[int] | None = None
     permute: bool = False
+    lora: bool = False
 
     @property
     def reference(self) -> str:
-        return f"{self.model}-{self.loss}-{'all' if self.rows is None else 'few'}"
+        return f"{self.model}-{self.loss}-{'all' if self.rows is None else 'few'}{'-lora' if self.lora else ''}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What ``distributed_cases.train_case`` gets."""
+        return asdict(self) | {"options": LOSSES[self.loss] + self.options + (LORA if self.lora else [])}
 
 
 FEW = [3, 6]
@@ -69,6 +77,8 @@ CASES = {
     "pp2-untied": Case(2, "llama_untied", "sequence_kl", PP + SMALL),
     "cp2": Case(2, "llama_untied", "sequence_kl", CP + SMALL),
     "reference-on-device": Case(1, "llama_untied", "sequence_kl", ["actor.reference=device"]),
+    "lora-tp2": Case(2, "llama_untied", "sequence_kl", TP, lora=True),
+    "lora-tp2-sp": Case(2, "qwen2", "token", TP + SP + SMALL, lora=True),
     "vpp2": Case(2, "deep", "sequence_kl", VPP + SMALL),
     "ep2": Case(2, "qwen3_moe", "sequence_kl", EP + SMALL),
     "tp2-sp-ep2": Case(2, "mixtral", "token", TP + SP + EP),
@@ -94,6 +104,12 @@ SLOW_CASES = {
     "dp2-plain-optimizer-untied": Case(2, "llama_untied", "sequence_kl", ["actor.optim.distributed=false", *SMALL]),
     "tp2-sp-cp2": Case(4, "llama_untied", "sequence_kl", TP + SP + CP),
     "tp2-sp-pp2-untied": Case(4, "llama_untied", "sequence_kl", TP + SP + PP + SMALL),
+    "lora-dp2": Case(2, "llama_untied", "sequence_kl", SMALL, lora=True),
+    "lora-pp2-tied": Case(2, "llama", "token", PP + SMALL, lora=True),
+    "lora-cp2-recompute": Case(2, "llama_untied", "sequence_kl", [*CP, "actor.recompute=true"], lora=True),
+    "lora-reference-in-host-memory": Case(1, "llama_untied", "sequence_kl", ["actor.reference=host"], lora=True),
+    "lora-tp2-sp-gemma2": Case(2, "gemma2", "token", TP + SP, lora=True),
+    "lora-tp2-sp-vpp2": Case(4, "deep", "sequence_kl", TP + SP + VPP + SMALL, lora=True),
     "vpp2-tied": Case(2, "deep_tied", "token", VPP + SMALL),
     "vpp2-one-microbatch": Case(2, "deep", "sequence_kl", VPP, rows=FEW[:1]),
     "tp2-sp-vpp2": Case(4, "deep", "sequence_kl", TP + SP + VPP + SMALL),
@@ -119,11 +135,7 @@ SLOW_CASES = {
 
 def _run(launcher: Launcher, cases: dict[str, Case], frozen: Path, out: Path) -> None:
     for ranks in sorted({case.ranks for case in cases.values()}):
-        chosen = {
-            name: asdict(case) | {"options": LOSSES[case.loss] + case.options}
-            for name, case in cases.items()
-            if case.ranks == ranks
-        }
+        chosen = {name: case.arguments for name, case in cases.items() if case.ranks == ranks}
         arguments = {"cases": chosen, "folder": str(frozen), "out": str(out)}
         losses = launcher.run(ranks, "train", arguments, timeout=500)
         for other in losses[1:]:
@@ -131,7 +143,7 @@ def _run(launcher: Launcher, cases: dict[str, Case], frozen: Path, out: Path) ->
 
 
 def _references(cases: dict[str, Case]) -> dict[str, Case]:
-    return {case.reference: Case(1, case.model, case.loss, [], case.rows) for case in cases.values()}
+    return {case.reference: Case(1, case.model, case.loss, [], case.rows, lora=case.lora) for case in cases.values()}
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +197,14 @@ def test_the_updates_are_worth_comparing(name: str, frozen: Path, trained: Calla
     model = name.split("-")[0]
     before = load_file(frozen / model / "model.safetensors")
     for key, value in before.items():
+        if name.endswith("lora") and "_proj.weight" not in key:
+            assert torch.equal(found[f"weight.{key}"], value), f"{key} is frozen"
+            continue
         moved = (found[f"weight.{key}"] - value).abs().max() / value.abs().max()
         assert moved > 1e-3, key
     assert found["0.grad_norm"] > (0.2 if "constant" in name else 0.5)
     assert found["0.loss"] != found["1.loss"]
-    if name.endswith("all"):
+    if "all" in name:
         old = load_file(frozen / f"columns_{model}.safetensors")["old_logprobs"]
         ratio = (found["0.scores.logprobs"] - old).exp()
         assert (ratio > 1.2).any()

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import transformers_scores
+from reference import ragged_batch, transformers_scores
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mapo.config import Config, Dtype
-from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.families import FAMILIES
 from megatron_mapo.megatron.hf import load_weights, named_weights, save_folder
@@ -68,24 +67,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[variant, dtype]
 
     return build
-
-
-def ragged_batch() -> SequenceBatch:
-    """Six groups; prompts and responses from 1 to 200 tokens, one response empty."""
-    g = torch.Generator().manual_seed(3)
-
-    def tokens(n: int) -> list[int]:
-        return torch.randint(0, 260, (n,), generator=g).tolist()
-
-    prompts, responses, ids = [], [], []
-    groups = [(1, [1, 5]), (40, [3, 17, 2]), (7, [200]), (150, [9, 0, 30]), (2, [1])]
-    for group, (prompt_len, lens) in enumerate(groups):
-        prompt = tokens(prompt_len)
-        for n in lens:
-            prompts.append(prompt)
-            responses.append(tokens(n))
-            ids.append(group)
-    return SequenceBatch.from_responses(prompts, responses, group_ids=ids)
 
 
 def test_every_family_has_a_tiny_model(folder: Callable[..., Path]) -> None:

@@ -1,0 +1,84 @@
+"""Adapters against PEFT itself: the same scores, the same merged weights, from the folder that PEFT loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from reference import ragged_batch, scores_of
+from safetensors.torch import load_file
+from tiny_models import make_tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_mapo.config import LORA_TARGETS, Config
+from megatron_mapo.errors import ConfigError
+from megatron_mapo.megatron.lora import adapted_layers, save_adapter
+from megatron_mapo.megatron.policy import Policy
+from megatron_mapo.megatron.runtime import Runtime
+
+CASES = {
+    "llama": ("llama", list(LORA_TARGETS)),
+    "biases": ("qwen2", list(LORA_TARGETS)),
+    "norms after the projections": ("gemma2", list(LORA_TARGETS)),
+    "queries and values": ("llama_untied", ["q_proj", "v_proj"]),
+    "one half of the gate": ("qwen3", ["up_proj", "down_proj"]),
+    "attention beside experts": ("qwen3_moe", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+}
+
+
+def adapted_policy(config: Config, runtime: Runtime, path: Path, targets: list[str]) -> Policy:
+    """A policy whose adapters do something: B is random."""
+    config.actor.lora.rank, config.actor.lora.alpha, config.actor.lora.targets = 3, 7.0, targets
+    policy = Policy(config, runtime, path, 1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in adapted_layers(policy.chunks):
+            for matrices in layer.adapters.values():
+                matrices.lora_B.copy_(torch.randn(matrices.lora_B.shape, generator=generator) * 0.2)
+    return policy
+
+
+def closeness(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_and_merged_weights_equal_those_of_peft(
+    case: str, config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    arch, targets = CASES[case]
+    path, batch = make_tiny_model(tmp_path / "model", arch), ragged_batch()
+    policy = adapted_policy(config, runtime, path, targets)
+    out = save_adapter(policy.named_adapters(), config.actor.lora, str(path), tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    plain = scores_of(base, batch)[0]
+    model = PeftModel.from_pretrained(base, out).eval()
+    expected = scores_of(model, batch)[0]
+    assert closeness(plain, expected) > 0.01, "the adapters must matter"
+    assert closeness(policy.log_probs(batch).logprobs, expected) <= 1e-5
+    before = load_file(path / "model.safetensors")
+    merged = model.merge_and_unload().state_dict()
+    changed = set()
+    for name, value in policy.named_weights():
+        if not torch.equal(value, before[name]):
+            changed.add(name)
+            assert closeness(value, merged[name]) <= 1e-6, name
+    assert changed == {n for n in before if n.endswith(".weight") and n.split(".")[-2] in targets}
+
+
+def test_the_base_below_the_adapters_is_the_reference(config: Config, runtime: Runtime, tmp_path: Path) -> None:
+    path, batch = make_tiny_model(tmp_path / "model", "llama"), ragged_batch()
+    before = Policy(config, runtime, path, 1).log_probs(batch).logprobs
+    config.actor.loss.kl_coef = 0.1
+    policy = adapted_policy(config, runtime, path, ["q_proj", "down_proj"])
+    assert torch.equal(policy.reference_log_probs(batch).logprobs, before)
+    assert not torch.equal(policy.log_probs(batch).logprobs, before)
+
+
+def test_experts_cannot_be_adapted(config: Config, runtime: Runtime, tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "model", "mixtral")
+    with pytest.raises(ConfigError, match=r"actor\.lora\.targets: experts cannot be adapted"):
+        adapted_policy(config, runtime, path, ["q_proj", "up_proj"])
