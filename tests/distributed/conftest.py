@@ -50,7 +50,11 @@ def launcher() -> Iterator[Launcher]:
 @pytest.fixture(scope="session")
 def frozen(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``batch.safetensors``, one model folder and one file of columns per architecture."""
-    folder = tmp_path_factory.mktemp("frozen")
+    return build_frozen(launcher, tmp_path_factory.mktemp("frozen"))
+
+
+def build_frozen(launcher: Launcher, folder: Path) -> Path:
+    """Fill ``folder``."""
     for name, (arch, shape) in MODELS.items():
         make_tiny_model(folder / name, arch, vocab=VOCAB, **shape)
     frozen_batch().save(folder / "batch.safetensors")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_mapo.algorithms.metrics import update_metrics
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import MapoError
@@ -85,6 +86,20 @@ def scores_in_place(name: str, scores: TokenScores, place: Tensor) -> dict[str, 
     return out
 
 
+def logged_metrics(policy: Policy, scores: TokenScores, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the loop logs of an update, over the tokens that took part in it."""
+    said = {name: column[scores.computed] for name, column in columns.items()}
+    metrics = update_metrics(
+        scores.logprobs[scores.computed],
+        said["old_logprobs"],
+        said["advantages"],
+        scores.entropy[scores.computed],
+        policy.config.actor.loss,
+        ref_logprobs=said.get("ref_logprobs"),
+    )
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+
+
 def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """Two updates on the frozen batch: all that they say and leave behind."""
     config = read_config(str(folder / case["model"]), case["options"])
@@ -105,6 +120,7 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
             found[f"{k}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
             found[f"{k}.grad_norm"] = torch.tensor(result.grad_norm, dtype=torch.float64)
             found |= scores_in_place(f"{k}.scores", result.scores, place)
+            found |= {f"{k}.metric.{name}": v for name, v in logged_metrics(policy, result.scores, columns).items()}
         # Before a forward pass, which would gather what overlap_param_gather has left for it.
         found |= {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
         found |= scores_in_place("after", policy.log_probs(batch), place)

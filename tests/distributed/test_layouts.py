@@ -50,15 +50,21 @@ class Case:
     rows: list[int] | None = None
     permute: bool = False
     lora: bool = False
+    dtype: str = "float32"
 
     @property
     def reference(self) -> str:
         return f"{self.model}-{self.loss}-{'all' if self.rows is None else 'few'}{'-lora' if self.lora else ''}"
 
+    def as_reference(self) -> Case:
+        """The same in one process."""
+        return Case(1, self.model, self.loss, [], self.rows, lora=self.lora, dtype=self.dtype)
+
     @property
     def arguments(self) -> dict[str, Any]:
         """What ``distributed_cases.train_case`` gets."""
-        return asdict(self) | {"options": LOSSES[self.loss] + self.options + (LORA if self.lora else [])}
+        options = [*LOSSES[self.loss], f"model.dtype={self.dtype}", *self.options, *(LORA if self.lora else [])]
+        return asdict(self) | {"options": options}
 
 
 FEW = [3, 6]
@@ -128,22 +134,22 @@ SLOW_CASES = {
     "dp2-tp2": Case(4, "llama", "token", TP + SMALL),
     "dp2-pp2": Case(4, "llama", "token", PP + SMALL),
     "dp2-cp2": Case(4, "llama_untied", "sequence_kl", CP + SMALL),
+    "tp2-sp-cp2-pp2": Case(8, "llama_untied", "sequence_kl", TP + SP + CP + PP + SMALL),
+    "dp2-tp2-sp-vpp2": Case(8, "deep", "sequence_kl", TP + SP + VPP + SMALL),
+    "dp2-tp2-sp-ep2-pp2": Case(8, "qwen3_moe", "sequence_kl", TP + SP + EP + PP + SMALL),
     "cp4": Case(4, "llama", "token", ["actor.parallel.context=4"]),
     "dp4-fillers": Case(4, "llama", "token", [], rows=FEW),
 }
 
 
-def _run(launcher: Launcher, cases: dict[str, Case], frozen: Path, out: Path) -> None:
+def run_cases(launcher: Launcher, cases: dict[str, Case], frozen: Path, out: Path) -> None:
+    """Train every case and its reference; each leaves ``out/NAME.safetensors``."""
+    cases = {case.reference: case.as_reference() for case in cases.values()} | cases
     for ranks in sorted({case.ranks for case in cases.values()}):
         chosen = {name: case.arguments for name, case in cases.items() if case.ranks == ranks}
-        arguments = {"cases": chosen, "folder": str(frozen), "out": str(out)}
-        losses = launcher.run(ranks, "train", arguments, timeout=500)
+        losses = launcher.run(ranks, "train", {"cases": chosen, "folder": str(frozen), "out": str(out)}, timeout=500)
         for other in losses[1:]:
             assert other == losses[0], "ranks disagree about the loss"
-
-
-def _references(cases: dict[str, Case]) -> dict[str, Case]:
-    return {case.reference: Case(1, case.model, case.loss, [], case.rows, lora=case.lora) for case in cases.values()}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +158,7 @@ def trained(
 ) -> Callable[[str], dict[str, Tensor]]:
     """Runs all quick cases and their references, a few processes for all of them."""
     out = tmp_path_factory.mktemp("trained")
-    _run(launcher, _references(CASES) | CASES, frozen, out)
+    run_cases(launcher, CASES, frozen, out)
     return lambda name: load_file(out / f"{name}.safetensors")
 
 
@@ -162,8 +168,14 @@ def trained_slow(
 ) -> Callable[[str], dict[str, Tensor]]:
     """The same for the rarer layouts."""
     out = tmp_path_factory.mktemp("trained_slow")
-    _run(launcher, _references(SLOW_CASES) | SLOW_CASES, frozen, out)
+    run_cases(launcher, SLOW_CASES, frozen, out)
     return lambda name: load_file(out / f"{name}.safetensors")
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of two tensors, as a share of the second one's largest entry."""
+    scale = max(float(expected.double().abs().max()), 1e-6)
+    return float((found.double() - expected.double()).abs().max()) / scale
 
 
 def assert_equal_runs(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
@@ -173,10 +185,9 @@ def assert_equal_runs(found: dict[str, Tensor], expected: dict[str, Tensor], bou
         assert found[name].shape == value.shape, name
         if value.dtype == torch.bool:
             assert torch.equal(found[name], value), name
-            continue
-        scale = max(float(value.double().abs().max()), 1e-6)
-        difference = float((found[name].double() - value.double()).abs().max())
-        assert difference <= bound * scale, f"{name}: {difference / scale:.2e} of its scale"
+        else:
+            difference = relative_difference(found[name], value)
+            assert difference <= bound, f"{name}: {difference:.2e} of its scale"
 
 
 @pytest.mark.parametrize("name", CASES)
