@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_pro
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
+from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
 from megatron_mapo.rollout.weight_sync import WeightSync
 
@@ -40,6 +41,13 @@ def stop_token_ids(model_path: Path, eos_token_id: int | None) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
+def open_client(config: Config, model_path: Path, urls: list[str], api_key: str | None) -> RolloutClient:
+    """A client of servers that hold the model of ``model_path``."""
+    # The model's, not the tokenizer's: many models have rows that no text leads to.
+    vocab_size = json.loads((model_path / "config.json").read_text())["vocab_size"]
+    return RolloutClient(urls, api_key, config.rollout.timeout, config.rollout.retries, vocab_size)
+
+
 class RolloutSession:
     """Prompts in, scored sequences out, and new weights to the servers.
 
@@ -61,18 +69,12 @@ class RolloutSession:
         if config.data.eval is not None:
             self.held_out = self._load(config.data.eval, config.data.eval_split, "data.eval", config.data.eval_limit)
         self.rewards = RewardPool(config.reward)
-        settings = config.rollout
-        api_key = read_api_key(settings.api_key_file)
+        api_key = read_api_key(config.rollout.api_key_file)
         urls = server_urls(config)
-        # The model's, not the tokenizer's: many models have rows that no text leads to.
-        vocab_size = json.loads((model_path / "config.json").read_text())["vocab_size"]
-        self.sampler = Sampler(
-            RolloutClient(urls, api_key, settings.timeout, settings.retries, vocab_size),
-            settings,
-            self._score,
-            stop_token_ids(model_path, self.tokenizer.eos_token_id),
-        )
-        self.weight_sync = WeightSync(settings.sync, urls, api_key, model_path, config.run_dir, device)
+        client = open_client(config, model_path, urls, api_key)
+        stop = stop_token_ids(model_path, self.tokenizer.eos_token_id)
+        self.sampler = Sampler(client, config.rollout, self._score, stop)
+        self.weight_sync = WeightSync(config.rollout.sync, urls, api_key, model_path, config.run_dir, device)
         self._last_prompts: list[Prompt] = []
 
     def _load(self, source: str, split: str, key: str, limit: int | None) -> PromptSet:
@@ -92,25 +94,19 @@ class RolloutSession:
         penalty = self.config.reward.overlong_penalty
         return replace(batch, rewards=batch.rewards - penalty * batch.truncated) if penalty else batch
 
-    def evaluate(self, version: int) -> dict[str, float]:
-        """Accuracy on the held-out prompts, greedy and sampled, with the servers' weights as they are."""
+    def evaluate(self, version: int, write: Callable[[list[Row]], None]) -> dict[str, float]:
+        """Evaluate the servers' weights on the held-out prompts (see ``Tally.metrics``).
+
+        Args:
+            version: of the weights; part of the seed.
+            write: called with the samples of a prompt, as soon as it is finished.
+        """
         assert self.held_out is not None
         samples = self.config.trainer.evaluation.samples
-        seed = sample_seed(self.config.run.seed, _EVAL, version)
-        found = self.sampler.evaluate(self.held_out, samples, seed)
-        result = {
-            "prompts": float(len(self.held_out)),
-            "samples_per_prompt": float(samples),
-            "greedy_accuracy": _accuracy(found.greedy_rewards, self.config),
-            "greedy_length_mean": float(found.greedy_lens.double().mean()),
-        }
-        if samples:
-            result |= {
-                "sampled_accuracy": _accuracy(found.sampled_rewards, self.config),
-                "sampled_length_mean": float(found.sampled_lens.double().mean()),
-                "sampled_truncated": float(found.sampled_truncated.double().mean()),
-            }
-        return result
+        tally = Tally(len(self.held_out), samples, greedy=True, extracts=self.rewards.extracts)
+        evaluator = Evaluator(self.sampler, self.rewards, self.tokenizer, right_from(self.config))
+        evaluator.run(self.held_out, tally, sample_seed(self.config.run.seed, _EVAL, version), write)
+        return tally.metrics(self.config.run.seed)
 
     def describe(self, batch: SequenceBatch, advantages: Tensor, count: int) -> list[dict[str, Any]]:
         """Text, reward and advantage of the first ``count`` sequences of the last batch."""
@@ -138,9 +134,3 @@ class RolloutSession:
         self.weight_sync.close()
         self.sampler.close()
         self.rewards.close()
-
-
-def _accuracy(rewards: Tensor, config: Config) -> float:
-    """Share of right answers."""
-    threshold = config.actor.adv_norm.success_threshold
-    return float((rewards >= (config.reward.correct if threshold is None else threshold)).double().mean())
