@@ -134,7 +134,11 @@ def _draw_pass_at_k(axes: Axes, metrics: Mapping[str, float]) -> None:
     points = [(f"maj_at_{sizes[-1]}", sizes[-1], "majority", _ORANGE), ("greedy_accuracy", 1, "greedy", _GREEN)]
     for name, k, label, colour in points:
         if name in metrics:
-            ends = [[metrics[name] - metrics[f"{name}_low"]], [metrics[f"{name}_high"] - metrics[name]]]
+            # The ends of a bootstrap interval may lie on one side of the mean, by rounding at least.
+            ends = [
+                [max(0.0, metrics[name] - metrics[f"{name}_low"])],
+                [max(0.0, metrics[f"{name}_high"] - metrics[name])],
+            ]
             axes.errorbar([k], [metrics[name]], yerr=ends, color=colour, fmt="D", markersize=4, capsize=3, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(k) for k in sizes])
@@ -146,7 +150,8 @@ def _draw_pass_at_k(axes: Axes, metrics: Mapping[str, float]) -> None:
 
 def _draw_length_histogram(axes: Axes, lengths: np.ndarray, truncated: np.ndarray) -> None:
     axes.set_title("Response length (tokens)")
-    edges = np.histogram_bin_edges(lengths, bins=min(40, max(1, int(lengths.max() - lengths.min()) + 1)))
+    low, high = lengths.min() - 0.5, lengths.max() + 0.5
+    edges = np.linspace(low, high, 1 + min(40, int(high - low)))
     parts = [("complete", lengths[~truncated], _BLUE), ("cut", lengths[truncated], _RED)]
     shown = [part for part in parts if len(part[1])]
     labels, values, colours = ([part[i] for part in shown] for i in range(3))
