@@ -40,6 +40,7 @@ from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import read_api_key
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from, row_order
 from megatron_mapo.rollout.sampler import Sampler
+from megatron_mapo.rollout.scoring import Scorer
 from megatron_mapo.rollout.server import ServerGroup, log_tail
 from megatron_mapo.rollout.session import open_client, stop_token_ids
 from megatron_mapo.tracking.jsonl import read_rows, replace_rows, to_line
@@ -122,7 +123,7 @@ def evaluate(request: Request) -> Path:
     Raises:
         MapoError: anything that the user can mend; nothing is left running.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     config = settle_dtype(evaluation_config(request))
     subject = find_subject(request, config, console)
     prompts, tokenizer = _load_prompts(config, subject.source)
@@ -141,17 +142,13 @@ def evaluate(request: Request) -> Path:
             with _progress(console, before, len(prompts)) as show:
                 client = open_client(config, subject.source, urls, api_key)
                 stop = stop_token_ids(subject.source, tokenizer.eos_token_id)
-                sampler = Sampler(client, config.rollout, _never_scores, stop, watch=check, progress=show)
+                scorer = Scorer(tokenizer, rewards)
+                sampler = Sampler(client, config.rollout, scorer, stop, watch=check, progress=show)
                 stack.callback(sampler.close)
-                evaluator = Evaluator(sampler, rewards, tokenizer, right_from(config))
-                evaluator.run(prompts, tally, config.run.seed, samples.add)
+                Evaluator(sampler, scorer, right_from(config)).run(prompts, tally, config.run.seed, samples.add)
         samples.keep(sorted(samples.rows(), key=row_order))
         _report(out, subject, settings, tally, config, time.monotonic() - started)
     return out
-
-
-async def _never_scores(prompt: Any, responses: list[list[int]]) -> list[float]:
-    raise AssertionError("an evaluation scores its samples itself")
 
 
 # ---------------------------------------------------------------------------------- what is evaluated
@@ -166,8 +163,6 @@ def evaluation_config(request: Request) -> Config:
     run_dir = request.run_dir
     if run_dir is not None and request.config is not None:
         raise ConfigError(f"--config: {run_dir} is a run and brings its own; use section.key=value for what differs")
-    if request.step is not None and (run_dir is None or request.urls):
-        raise ConfigError("--step chooses a checkpoint of a run: --model must be a run's folder, and no --url be given")
     options: dict[str, Any] = {
         "data.eval": request.data,
         "data.eval_split": request.split,
@@ -182,8 +177,11 @@ def evaluation_config(request: Request) -> Config:
     }
     file = run_dir / "config.yaml" if run_dir is not None else request.config
     without_file = ["model.dtype=auto", f"data.train={json.dumps(request.data or 'none')}"] if file is None else []
+    own_server = () if request.urls else _OWN_SERVER
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    config = load_config(file, [*without_file, *_OWN_SERVER, *request.overrides, *given, *_NO_TRAINER])
+    config = load_config(file, [*without_file, *own_server, *request.overrides, *given, *_NO_TRAINER])
+    if request.step is not None and (run_dir is None or config.rollout.urls):
+        raise ConfigError("--step chooses a checkpoint of a run: --model must be a run's folder, and no --url be given")
     if config.data.eval is None:
         raise ConfigError("--data: name the prompts to evaluate on; the configuration has no data.eval")
     return config
@@ -463,7 +461,7 @@ def _report(out: Path, subject: Subject, settings: dict[str, Any], tally: Tally,
         "settings": settings,
         "seconds": round(took, 3),
         "versions": {"megatron-mapo": __version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        | {name: _version(name) for name in _PACKAGES},
     }
     temporary = out / ".results.tmp"
     temporary.write_text(json.dumps(results, indent=2) + "\n")
@@ -474,9 +472,17 @@ def _report(out: Path, subject: Subject, settings: dict[str, Any], tally: Tally,
         metrics, tally.lens[:, sampled].flatten().numpy(), tally.truncated[:, sampled].flatten().numpy(), title,
         out / "results.png",
     )  # fmt: skip
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(_table(metrics, title, None if majority in metrics else missing))
     print(f"{out}: samples.jsonl results.json results.png")
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: servers may run elsewhere."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _table(metrics: Mapping[str, float], title: str, missing: str | None) -> Table:

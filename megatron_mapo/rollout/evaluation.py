@@ -7,7 +7,7 @@ of plain values, written as each prompt is finished; of them a ``Tally`` keeps t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from torch import Tensor
 from megatron_mapo.algorithms.evaluation import bootstrap_interval, maj_at_n, pass_at_k, pass_at_k_sizes
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt
-from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import Response
 from megatron_mapo.rollout.sampler import Sampler
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_mapo.rollout.scoring import Scorer
 
 Row = dict[str, Any]
 GREEDY = "greedy"
@@ -141,16 +138,12 @@ class Evaluator:
 
     Args:
         sampler: knows servers, temperature and length limit.
-        rewards: verifier processes.
-        tokenizer: of the model.
+        scorer: text, rewards and extracted answers of responses.
         right_from: smallest reward that counts as right.
     """
 
-    def __init__(
-        self, sampler: Sampler, rewards: RewardPool, tokenizer: PreTrainedTokenizerBase, right_from: float
-    ) -> None:
-        self.sampler, self.rewards, self.tokenizer = sampler, rewards, tokenizer
-        self.right_from = right_from
+    def __init__(self, sampler: Sampler, scorer: Scorer, right_from: float) -> None:
+        self.sampler, self.scorer, self.right_from = sampler, scorer, right_from
 
     def run(self, prompts: Sequence[Prompt], tally: Tally, seed: int, write: Callable[[list[Row]], None]) -> None:
         """Evaluate the prompts that ``tally`` does not have yet.
@@ -176,9 +169,8 @@ class Evaluator:
 
     async def _rows(self, prompt: Prompt, sampled: list[Response], greedy: list[Response]) -> list[Row]:
         responses = [*sampled, *greedy]
-        texts = self.tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        rewards = await self.rewards.score(texts, [prompt.answer] * len(texts), [prompt.metadata] * len(texts))
-        answers = await self.rewards.extract(texts) if self.rewards.extracts else [None] * len(texts)
+        texts = self.scorer.texts([r.token_ids for r in responses])
+        rewards, answers = await self.scorer.judge(prompt, texts), await self.scorer.extract(texts)
         return [
             {
                 "prompt_id": prompt.id,

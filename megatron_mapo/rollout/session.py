@@ -19,6 +19,7 @@ from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
+from megatron_mapo.rollout.scoring import Scorer
 from megatron_mapo.rollout.weight_sync import WeightSync
 
 # Which stream of random numbers a seed is for.
@@ -69,22 +70,18 @@ class RolloutSession:
         if config.data.eval is not None:
             self.held_out = self._load(config.data.eval, config.data.eval_split, "data.eval", config.data.eval_limit)
         self.rewards = RewardPool(config.reward)
+        self.scorer = Scorer(self.tokenizer, self.rewards)
         api_key = read_api_key(config.rollout.api_key_file)
         urls = server_urls(config)
         client = open_client(config, model_path, urls, api_key)
         stop = stop_token_ids(model_path, self.tokenizer.eos_token_id)
-        self.sampler = Sampler(client, config.rollout, self._score, stop)
+        self.sampler = Sampler(client, config.rollout, self.scorer, stop)
         self.weight_sync = WeightSync(config.rollout.sync, urls, api_key, model_path, config.run_dir, device)
         self._last_prompts: list[Prompt] = []
 
     def _load(self, source: str, split: str, key: str, limit: int | None) -> PromptSet:
         longest = self.config.rollout.max_prompt_tokens
         return load_prompts(source, split, self.config.data, self.tokenizer, longest, key=key, limit=limit)
-
-    async def _score(self, prompt: Any, responses: list[list[int]]) -> list[float]:
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        n = len(texts)
-        return await self.rewards.score(texts, [prompt.answer] * n, [prompt.metadata] * n)
 
     def sample(self, version: int) -> SequenceBatch:
         """The next rollout batch, sampled with weights of ``version``."""
@@ -104,7 +101,7 @@ class RolloutSession:
         assert self.held_out is not None
         samples = self.config.trainer.evaluation.samples
         tally = Tally(len(self.held_out), samples, greedy=True, extracts=self.rewards.extracts)
-        evaluator = Evaluator(self.sampler, self.rewards, self.tokenizer, right_from(self.config))
+        evaluator = Evaluator(self.sampler, self.scorer, right_from(self.config))
         evaluator.run(self.held_out, tally, sample_seed(self.config.run.seed, _EVAL, version), write)
         return tally.metrics(self.config.run.seed)
 

@@ -51,6 +51,9 @@ class Tracker:
         self._metrics = JsonlWriter(self._run_dir / "metrics.jsonl", start_step)
         self._samples = JsonlWriter(self._run_dir / "samples.jsonl", start_step)
         self._evaluations = JsonlWriter(self._run_dir / "evaluations.jsonl", start_step)
+        for file in (self._run_dir / "evaluation_samples").glob("step_*.jsonl"):
+            if not start_step or int(file.stem.removeprefix("step_")) > start_step:
+                file.unlink()
         self._first: Row | None = self._metrics.kept[0] if self._metrics.kept else None
         self._last: Row | None = self._metrics.kept[-1] if self._metrics.kept else None
         self._evaluated: list[Row] = list(self._evaluations.kept)

@@ -71,6 +71,16 @@ def test_mistakes_are_one_line_and_start_nothing(case: str, folder: Path, tmp_pa
     assert not out.exists()
 
 
+def test_a_checkpoint_that_cannot_be_read(folder: Path, tmp_path: Path, capsys) -> None:
+    good = ["--data", str(folder / "data.jsonl"), "--reward", "exact", "--out", str(tmp_path)]
+    assert main(["eval", "--model", str(folder / "trained"), *good]) == 7
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot make a model folder of" in error
+    assert "step_000004" in error
+    assert not (tmp_path / "model").exists()
+    assert [file.name for file in (tmp_path / "logs").iterdir()] == ["export.log"], "no server was started"
+
+
 @pytest.mark.parametrize("flag", [["-k", "0"], ["--limit", "0"], ["--max-tokens", "0"], ["--step", "0"]])
 def test_counts_begin_at_one(flag: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
