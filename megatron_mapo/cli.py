@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _run_parser(commands, "serve", "start the generation servers and stay with them", _serve)
 
+    _eval_parser(commands)
+
     export = _command(commands, "export", "write a Hugging Face folder from a checkpoint", _export)
     export.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
@@ -116,6 +118,26 @@ def _run_parser(commands: Any, name: str, text: str, run: Any) -> argparse.Argum
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the file's")
     return parser
+
+
+def _eval_parser(commands: Any) -> None:
+    """Options that are left out keep the configuration's values, so none but ``-k`` has a default here."""
+    parser = _run_parser(commands, "eval", "evaluate a model folder or a run: pass@1, pass@k, maj@k", _eval)
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODEL", help="Hugging Face folder, RUN folder, or quickstart:smollm2")
+    add("--step", type=_positive, metavar="N", help="checkpoint of a RUN (default: the last)")
+    add("--data", metavar="DATA", help="prompts, in the forms of data.train (default: data.eval)")
+    add("--split", help="split of a Hugging Face dataset")
+    add("--limit", type=_positive, metavar="N", help="only the first N prompts")
+    add("-k", type=_positive, default=8, metavar="N", dest="samples", help="samples a prompt (default: 8)")
+    add("--greedy", action="store_true", help="one greedy response a prompt beside the samples")
+    add("--temperature", type=float, metavar="T", help="sampling temperature")
+    add("--max-tokens", type=_positive, metavar="N", help="longest response")
+    add("--reward", metavar="NAME", help="verifier, as reward.name")
+    add("--seed", type=int, metavar="N", help="of sampling and intervals")
+    add("--url", action="append", default=[], dest="urls", metavar="URL", help="running server; may be repeated")
+    add("--out", type=Path, metavar="DIR", help="folder to write (default: in RUN/evaluations, or ./eval-MODEL)")
+    add("--overwrite", action="store_true", help="drop samples of other settings in that folder")
 
 
 def _dry_run(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +204,20 @@ def _serve(arguments: argparse.Namespace) -> int:
     except Stopped:
         print("servers ended", file=sys.stderr)
         return 0  # a signal is the way to end this command
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.evaluate import Request, evaluate
+    from megatron_mapo.launch.processes import Stopped, stop_signals
+
+    given = {key: value for key, value in vars(arguments).items() if key != "run"}
+    try:
+        with stop_signals():
+            evaluate(Request(**given))
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on with the prompts that are left", file=sys.stderr)
+        return stopped.exit_code
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

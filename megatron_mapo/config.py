@@ -387,7 +387,7 @@ class EvalConfig:
     at_end: bool = True
     """Evaluate after the last step."""
     samples: int = 4
-    """Sampled responses per prompt at `rollout.temperature`, beside one greedy response."""
+    """Sampled responses per prompt at `rollout.temperature`, beside a greedy one; 0: pass@1 is the greedy one's."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from megatron_mapo.megatron import checkpoint, hf, runtime
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.quickstart import resolve_model_path
+from megatron_mapo.rollout.evaluation import row_order
 from megatron_mapo.rollout.session import RolloutSession
 from megatron_mapo.tracking import Tracker
 
@@ -282,10 +283,22 @@ class Trainer:
         """Give the servers the actor's weights, as version ``step``."""
         self.main_with_weights(lambda weights: self._main_rollout.update_weights(weights, self.step))
 
-    def evaluate(self) -> None:
-        """Score held-out prompts with the servers' current weights."""
-        if self.config.data.eval is not None:
-            self.on_main(lambda: self._main_tracker.log_evaluation(self.step, self._main_rollout.evaluate(self.step)))
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the servers' current weights on held-out prompts; nothing without ``data.eval``.
+
+        Returns:
+            what was logged, on every rank: ``pass_at_1``, ... (see ``rollout.evaluation.Tally.metrics``).
+        """
+        if self.config.data.eval is None:
+            return {}
+
+        def on_rank_0() -> dict[str, float]:
+            samples: list[dict[str, Any]] = []
+            found = self._main_rollout.evaluate(self.step, samples.extend)
+            self._main_tracker.log_evaluation(self.step, found, sorted(samples, key=row_order))
+            return found
+
+        return self.on_main(on_rank_0)
 
     def save(self) -> None:
         """Write a checkpoint of everything."""

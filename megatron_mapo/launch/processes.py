@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -65,15 +66,19 @@ class Kept:
     Args:
         command: program and arguments.
         env: environment; None: this process's.
+        log: file for what it prints; None: this process's output.
     """
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-m", "megatron_mapo.launch.keeper", *command],
-            stdin=subprocess.PIPE,
-            env=None if env is None else dict(env),
-            start_new_session=True,
-        )
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, log: Path | None = None) -> None:
+        with open(log, "wb") if log is not None else nullcontext() as output:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-m", "megatron_mapo.launch.keeper", *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=None if env is None else dict(env),
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int:

@@ -24,6 +24,19 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     return stated_number(statement) == expected
 
 
+def extract(response: str) -> str | None:
+    """The number that the response states, as an exact fraction; else its words.
+
+    A marked answer that is no number counts with its words, and so does an unmarked response of one line. None for
+    anything longer: it states nothing.
+    """
+    statement = final_statement(response)
+    value = stated_number(statement)
+    if value is not None:
+        return str(value)
+    return None if not statement.marked and "\n" in statement.text else normal_words(statement.text) or None
+
+
 def reference_answer(answer: str) -> str:
     """The final answer in a dataset's answer column."""
     reference = answer.rpartition("####")[2].strip()
@@ -34,8 +47,9 @@ def reference_answer(answer: str) -> str:
 
 def same_words(left: str, right: str) -> bool:
     """Equal apart from case, white space and a final full stop."""
+    return normal_words(left) == normal_words(right)
 
-    def normal(text: str) -> str:
-        return " ".join(clean(text).strip("$").split()).rstrip(".").casefold()
 
-    return normal(left) == normal(right)
+def normal_words(text: str) -> str:
+    """``text`` without decoration, case, uneven white space and a final full stop."""
+    return " ".join(clean(text).strip("$").split()).rstrip(".").casefold()

@@ -12,15 +12,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_mapo.config import OnFailure, RewardConfig
 from megatron_mapo.errors import ConfigError, RewardError
+from megatron_mapo.rewards.registry import EXTRACT
 from megatron_mapo.rewards.worker import read_message, write_message
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _STARTUP_SECONDS = 180.0
@@ -48,8 +50,11 @@ class _Worker:
         settings = {"name": config.name, "memory_mb": config.memory_mb, "timeout": config.timeout}
         self._send(settings, _STARTUP_SECONDS)
 
-    def wait_ready(self) -> None:
+    def wait_ready(self) -> bool:
         """Wait until the verifier is imported.
+
+        Returns:
+            Whether there is an extractor beside it.
 
         Raises:
             ConfigError: it cannot be imported.
@@ -68,12 +73,13 @@ class _Worker:
             )
         if "error" in reply:
             raise ConfigError(reply["error"])
+        return reply["extracts"]
 
-    def judge(self, response: str, answer: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, what: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
         """The worker's reply (see ``worker``); ``{"error": ..., "broken": True}`` if it must be replaced."""
         timeout = self.config.timeout
         try:
-            self._send((response, answer, metadata), timeout)
+            self._send((what, arguments), timeout)
             reply = self._receive(timeout)
         except TimeoutError:
             return {"error": f"took longer than reward.timeout={timeout:g} s", "broken": True}
@@ -120,6 +126,7 @@ class RewardPool:
 
     Attributes:
         failures: responses so far whose verification failed and counted as wrong (``reward.on_failure=wrong``).
+        extracts: there is an extractor beside the verifier (see ``registry``), so ``extract`` can be called.
 
     Raises:
         ConfigError: the verifier is unknown or cannot be imported.
@@ -129,6 +136,7 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self.failures = 0
+        self.extracts = False
         self._lock = threading.Lock()
         self._closed = False
         self._workers: set[_Worker] = set()
@@ -137,7 +145,7 @@ class RewardPool:
         try:
             workers = [self._start() for _ in range(config.workers)]
             for worker in workers:
-                worker.wait_ready()
+                self.extracts = worker.wait_ready()
                 self._idle.put(worker)
         except BaseException:
             self.close()
@@ -160,15 +168,33 @@ class RewardPool:
             RewardError: a verifier raised, hung, died or returned something else than a bool or a finite number,
                 and ``reward.on_failure`` is ``error``.
         """
+        return await self._each(self._score, zip(responses, answers, metadata, strict=True))
+
+    async def extract(self, responses: Sequence[str]) -> list[str | None]:
+        """The answers that N responses state, by the extractor beside the verifier.
+
+        An extractor that takes too long or too much memory gives None for that response, and a warning: the
+        response's reward is known all the same. One that raises gives an error or, with ``reward.on_failure=wrong``,
+        None.
+
+        Returns:
+            N texts or None, in order.
+
+        Raises:
+            RewardError: the extractor raised or returned something that is neither text nor None.
+        """
+        return await self._each(self._extract, ((response,) for response in responses))
+
+    async def _each(self, work: Callable[..., T], rows: Iterable[tuple[Any, ...]]) -> list[T]:
+        """``work(*row)`` for all rows, on the pool's threads, in order."""
         loop = asyncio.get_running_loop()
-        rows = zip(responses, answers, metadata, strict=True)
-        scores = [loop.run_in_executor(self._threads, self._score, *row) for row in rows]
+        pending = [loop.run_in_executor(self._threads, work, *row) for row in rows]
         try:
-            return await asyncio.gather(*scores)
+            return await asyncio.gather(*pending)
         finally:
             # After the first error, or when the caller gave up, the rest is not worth starting.
-            for score in scores:
-                score.cancel()
+            for task in pending:
+                task.cancel()
 
     def close(self) -> None:
         """End all processes, at once."""
@@ -207,18 +233,23 @@ class RewardPool:
         fresh.wait_ready()
         return fresh
 
-    def _score(self, response: str, answer: str, metadata: dict[str, Any]) -> float:
+    def _ask(self, what: str, *arguments: Any) -> dict[str, Any]:
+        """An idle worker's reply; one that broke over it is replaced."""
         worker = self._idle.get()  # as many threads as workers: one is idle
         try:
             if worker.process.poll() is not None:
                 _log.warning("a verifier process ended while idle (code %s): replaced", worker.process.returncode)
                 worker = self._replace(worker)
-            reply = worker.judge(response, answer, metadata)
+            reply = worker.ask(what, arguments)
             if reply.get("broken"):
                 _log.warning("a verifier %s: its process is replaced", reply["error"])
                 worker = self._replace(worker)
         finally:
             self._idle.put(worker)
+        return reply
+
+    def _score(self, response: str, answer: str, metadata: dict[str, Any]) -> float:
+        reply = self._ask("judge", response, answer, metadata)
         if "right" in reply:
             return self.config.correct if reply["right"] else self.config.wrong
         if "score" in reply:
@@ -227,8 +258,19 @@ class RewardPool:
             with self._lock:
                 self.failures += 1
             return self.config.wrong
-        raise RewardError(
-            f"reward.name={self.config.name!r}: the verifier {reply['error']} on the response {response[:_SHOWN]!r}"
+        raise self._failed("verifier", reply, response)
+
+    def _extract(self, response: str) -> str | None:
+        reply = self._ask("extract", response)
+        if "answer" in reply:
+            return reply["answer"]
+        if reply.get("broken") or self.config.on_failure is OnFailure.wrong:
+            return None
+        raise self._failed(f"verifier's `{EXTRACT}`", reply, response)
+
+    def _failed(self, what: str, reply: dict[str, Any], response: str) -> RewardError:
+        return RewardError(
+            f"reward.name={self.config.name!r}: the {what} {reply['error']} on the response {response[:_SHOWN]!r}"
             f"{'...' if len(response) > _SHOWN else ''}; mend it, raise reward.timeout={self.config.timeout:g} or "
             "reward.memory_mb, or set reward.on_failure=wrong"
         )

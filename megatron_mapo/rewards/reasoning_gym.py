@@ -39,6 +39,11 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> float:
     return float(_scorer(task)(answer=_stated(response), entry=entry))
 
 
+def extract(response: str) -> str | None:
+    """What the task's scorer is shown, with white space made even; None if that is nothing."""
+    return " ".join(_stated(response).split()) or None
+
+
 @lru_cache
 def _scorer(task: str) -> Callable[..., float]:
     return get_score_answer_fn(task)

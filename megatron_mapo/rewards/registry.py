@@ -16,17 +16,24 @@ Verifier = Callable[[str, str, dict[str, Any]], "bool | float"]
 """``verify(response, answer, metadata)``: right or wrong, or a score. ``answer`` is the row's reference answer,
 ``metadata`` the row's other columns. Both are trusted; the response is not."""
 
+Extractor = Callable[[str], "str | None"]
+"""``extract(response)``: the answer that a response states, such that equal answers are equal texts; None: none.
+It reads a response as the verifier of its module does."""
+
+EXTRACT = "extract"
+"""Name of the extractor in a verifier's module. It is optional."""
+
 VERIFIERS = {name: f"megatron_mapo.rewards.{name}:verify" for name in ("math", "gsm8k", "exact", "reasoning_gym")}
 
 
-def get_verifier(name: str) -> Verifier:
-    """The verifier that ``reward.name`` means.
+def get_verifier(name: str) -> tuple[Verifier, Extractor | None]:
+    """The verifier that ``reward.name`` means, and the extractor in the same module, if there is one.
 
     Args:
         name: a registered name, ``package.module:function`` or ``path/to/file.py:function``.
 
     Raises:
-        ConfigError: there is none of this name, or it cannot be imported, or it is not a function.
+        ConfigError: there is none of this name, or it cannot be imported, or it (or ``extract``) is not a function.
     """
     path = VERIFIERS.get(name, name)
     module_name, colon, function_name = path.rpartition(":")
@@ -40,7 +47,10 @@ def get_verifier(name: str) -> Verifier:
     if not callable(function):
         what = "has no function" if function is None else "is not a function:"
         raise ConfigError(f"reward.name={name!r}: {module_name} {what} {function_name}")
-    return function
+    extractor = getattr(module, EXTRACT, None)
+    if extractor is not None and not callable(extractor):
+        raise ConfigError(f"reward.name={name!r}: {module_name} has an `{EXTRACT}` that is no function: rename it")
+    return function, extractor
 
 
 def _import(module_name: str, name: str) -> ModuleType:

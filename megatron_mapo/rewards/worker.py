@@ -26,7 +26,7 @@ import traceback
 from typing import Any
 
 from megatron_mapo.errors import ConfigError
-from megatron_mapo.rewards.registry import Verifier, get_verifier
+from megatron_mapo.rewards.registry import Extractor, Verifier, get_verifier
 
 LENGTH = struct.Struct("!I")
 _PARENT_CHECK_SECONDS = 2.0
@@ -63,16 +63,16 @@ def main() -> None:
     settings = pickle.loads(requests.get())
     _limit_memory(settings["memory_mb"])
     try:
-        verifier = get_verifier(settings["name"])
+        verifier, extractor = get_verifier(settings["name"])
     except (ConfigError, MemoryError) as error:
         _reply(connection, {"error": str(error), "kind": type(error).__name__})
         return
-    _reply(connection, {"ready": True})
+    _reply(connection, {"ready": True, "extracts": extractor is not None})
     while True:
         request = requests.get()
         # Should the parent be gone, the kernel ends even a verifier that never lets the other thread run.
         signal.setitimer(signal.ITIMER_REAL, settings["timeout"] + _GRACE_SECONDS)
-        reply = _judge(verifier, request)
+        reply = _answer(verifier, extractor, request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(connection, reply)
 
@@ -103,22 +103,40 @@ def _limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
 
-def _judge(verifier: Verifier, request: bytes) -> dict[str, Any]:
-    """``{"right": bool}``, ``{"score": float}`` or ``{"error": text, "kind": exception}``."""
+def _answer(verifier: Verifier, extractor: Extractor | None, request: bytes) -> dict[str, Any]:
+    """The reply to ``("judge", arguments)`` or ``("extract", arguments)``; see ``_judged`` and ``_extracted``.
+
+    ``{"error": text, "kind": exception}`` if the function raised or returned something else.
+    """
     try:
-        value = verifier(*pickle.loads(request))
+        what, arguments = pickle.loads(request)
+        if what == "judge":
+            return _judged(verifier(*arguments))
+        assert extractor is not None, "the pool asks only where there is one"
+        return _extracted(extractor(*arguments))
     except MemoryError:
         return {"error": "ran out of memory", "kind": "MemoryError"}
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"raised {type(error).__name__}: {error!s:.500} ({os.path.basename(where.filename)}:{where.lineno})"
         return {"error": text, "kind": type(error).__name__}
+
+
+def _judged(value: Any) -> dict[str, Any]:
+    """``{"right": bool}`` or ``{"score": float}``."""
     value = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
     if isinstance(value, bool):
         return {"right": value}
     if isinstance(value, int | float) and math.isfinite(value):
         return {"score": float(value)}
     return {"error": f"returned {value!r:.80}, which is no bool and no finite number,", "kind": "ValueError"}
+
+
+def _extracted(value: Any) -> dict[str, Any]:
+    """``{"answer": str | None}``."""
+    if value is None or isinstance(value, str):
+        return {"answer": value}
+    return {"error": f"returned {value!r:.80}, which is neither text nor None,", "kind": "ValueError"}
 
 
 if __name__ == "__main__":

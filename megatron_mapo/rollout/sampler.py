@@ -37,25 +37,8 @@ Score = Callable[[Any, list[list[int]]], Awaitable[list[float]]]
 """``score(prompt, responses' token ids)`` gives one reward a response."""
 
 
-@dataclass
-class Evaluation:
-    """Rewards of held-out prompts.
-
-    Attributes:
-        greedy_rewards: float32 ``[P]``, of the one greedy response to each prompt.
-        sampled_rewards: float32 ``[P, K]``, of K sampled responses to each.
-        greedy_lens: int64 ``[P]``, response tokens.
-        sampled_lens: int64 ``[P, K]``.
-        greedy_truncated: bool ``[P]``, the response hit the length limit.
-        sampled_truncated: bool ``[P, K]``.
-    """
-
-    greedy_rewards: Tensor
-    sampled_rewards: Tensor
-    greedy_lens: Tensor
-    sampled_lens: Tensor
-    greedy_truncated: Tensor
-    sampled_truncated: Tensor
+Arrived = Callable[[Any, list[Response], list[Response]], Awaitable[None]]
+"""``arrived(prompt, sampled, greedy)`` takes the responses of an evaluation, prompt by prompt as they come."""
 
 
 @dataclass(frozen=True)
@@ -163,37 +146,34 @@ class Sampler:
         self._check_versions(batch.weight_versions, version)
         return batch
 
-    def evaluate(self, prompts: Sequence[PromptLike], samples: int, seed: int) -> Evaluation:
-        """Score one greedy and ``samples`` sampled responses to every prompt.
+    def evaluate(self, prompts: Sequence[PromptLike], samples: int, greedy: bool, seed: int, arrived: Arrived) -> None:
+        """Sample ``samples`` responses to every prompt, and one greedy response if asked for.
+
+        A prompt's seeds come from its id, so any part of the prompts gets the same responses as all of them.
+
+        Args:
+            prompts: P prompts.
+            samples: sampled responses to each; may be 0.
+            greedy: also the greedy response.
+            seed: of this evaluation.
+            arrived: called once a prompt; its failure ends the evaluation.
 
         Raises:
-            DataError, RolloutError, RewardError: as ``sample``.
+            DataError, RolloutError: as ``sample``.
+            Whatever ``arrived`` raises.
         """
         _check_prompts(prompts, self.config.max_prompt_tokens)
-        greedy = Sampling(self.config.max_response_tokens, 0.0, self._stop, logprobs=False)
-        sampled = Sampling(self.config.max_response_tokens, self.config.temperature, self._stop, logprobs=False)
-        single = self._columns(self._run(self._groups(prompts, 1, greedy, seed)), 1)
-        several = (
-            self._columns(self._run(self._groups(prompts, samples, sampled, seed)), samples)
-            if samples
-            else tuple(column[:, :0] for column in single)
-        )
-        return Evaluation(
-            greedy_rewards=single[0][:, 0],
-            sampled_rewards=several[0],
-            greedy_lens=single[1][:, 0],
-            sampled_lens=several[1],
-            greedy_truncated=single[2][:, 0],
-            sampled_truncated=several[2],
-        )
+        tempered = Sampling(self.config.max_response_tokens, self.config.temperature, self._stop, logprobs=False)
+        plain = Sampling(self.config.max_response_tokens, 0.0, self._stop, logprobs=False)
+        slots = asyncio.Semaphore(self.config.concurrency)
 
-    @staticmethod
-    def _columns(groups: list[_Group], n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards, response lengths and truncation flags, each ``[P, n]``."""
-        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float32)
-        lens = torch.tensor([[len(r.token_ids) for r in group.responses] for group in groups], dtype=torch.int64)
-        truncated = torch.tensor([[r.truncated for r in group.responses] for group in groups], dtype=torch.bool)
-        return rewards.view(-1, n), lens.view(-1, n), truncated.view(-1, n)
+        async def one(_: int, prompt: PromptLike) -> None:
+            async with slots:
+                sampled = await self._responses(prompt, prompt.id, samples, tempered, seed)
+                single = await self._responses(prompt, prompt.id, int(greedy), plain, seed)
+            await arrived(prompt, sampled, single)
+
+        self._run(self._each(prompts, one))
 
     def _check_versions(self, versions: Tensor, version: int) -> None:
         oldest, newest = int(versions.min()), int(versions.max())
@@ -204,23 +184,40 @@ class Sampler:
             )
 
     async def _groups(self, prompts: Sequence[PromptLike], n: int, sampling: Sampling, seed: int) -> list[_Group]:
-        """All groups, in the order of ``prompts``. The first failure cancels the rest."""
+        """All groups, in the order of ``prompts``."""
         slots = asyncio.Semaphore(self.config.concurrency)
-        done = 0
 
         async def one(position: int, prompt: PromptLike) -> _Group:
-            nonlocal done
-            seeds = [sample_seed(seed, position, index) for index in range(n)]
             async with slots:
-                responses = await self._client.generate(prompt.token_ids, n, sampling, seeds)
-            rewards = await self._rewards(prompt, responses)
+                responses = await self._responses(prompt, position, n, sampling, seed)
+            return _Group(responses, await self._rewards(prompt, responses))
+
+        return await self._each(prompts, one)
+
+    async def _responses(
+        self, prompt: PromptLike, position: int, n: int, sampling: Sampling, seed: int
+    ) -> list[Response]:
+        if n == 0:
+            return []
+        seeds = [sample_seed(seed, position, index) for index in range(n)]
+        return await self._client.generate(prompt.token_ids, n, sampling, seeds)
+
+    async def _each(
+        self, prompts: Sequence[PromptLike], work: Callable[[int, PromptLike], Coroutine[Any, Any, T]]
+    ) -> list[T]:
+        """``work(position, prompt)`` for all prompts, in order. The first failure cancels the rest."""
+        done = 0
+
+        async def counted(position: int, prompt: PromptLike) -> T:
+            nonlocal done
+            result = await work(position, prompt)
             done += 1
             self._progress(done, len(prompts))
-            return _Group(responses, rewards)
+            return result
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                pending = [tasks.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
+                pending = [tasks.create_task(counted(i, prompt)) for i, prompt in enumerate(prompts)]
         except BaseExceptionGroup as failures:
             raise _first(failures) from failures
         return [task.result() for task in pending]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_pro
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
+from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
+from megatron_mapo.rollout.scoring import Scorer
 from megatron_mapo.rollout.weight_sync import WeightSync
 
 # Which stream of random numbers a seed is for.
@@ -38,6 +40,13 @@ def stop_token_ids(model_path: Path, eos_token_id: int | None) -> list[int]:
         listed = json.loads(file.read_text()).get("eos_token_id")
         ids |= set(listed) if isinstance(listed, list) else {listed}
     return sorted(i for i in ids if i is not None)
+
+
+def open_client(config: Config, model_path: Path, urls: list[str], api_key: str | None) -> RolloutClient:
+    """A client of servers that hold the model of ``model_path``."""
+    # The model's, not the tokenizer's: many models have rows that no text leads to.
+    vocab_size = json.loads((model_path / "config.json").read_text())["vocab_size"]
+    return RolloutClient(urls, api_key, config.rollout.timeout, config.rollout.retries, vocab_size)
 
 
 class RolloutSession:
@@ -61,28 +70,18 @@ class RolloutSession:
         if config.data.eval is not None:
             self.held_out = self._load(config.data.eval, config.data.eval_split, "data.eval", config.data.eval_limit)
         self.rewards = RewardPool(config.reward)
-        settings = config.rollout
-        api_key = read_api_key(settings.api_key_file)
+        self.scorer = Scorer(self.tokenizer, self.rewards)
+        api_key = read_api_key(config.rollout.api_key_file)
         urls = server_urls(config)
-        # The model's, not the tokenizer's: many models have rows that no text leads to.
-        vocab_size = json.loads((model_path / "config.json").read_text())["vocab_size"]
-        self.sampler = Sampler(
-            RolloutClient(urls, api_key, settings.timeout, settings.retries, vocab_size),
-            settings,
-            self._score,
-            stop_token_ids(model_path, self.tokenizer.eos_token_id),
-        )
-        self.weight_sync = WeightSync(settings.sync, urls, api_key, model_path, config.run_dir, device)
+        client = open_client(config, model_path, urls, api_key)
+        stop = stop_token_ids(model_path, self.tokenizer.eos_token_id)
+        self.sampler = Sampler(client, config.rollout, self.scorer, stop)
+        self.weight_sync = WeightSync(config.rollout.sync, urls, api_key, model_path, config.run_dir, device)
         self._last_prompts: list[Prompt] = []
 
     def _load(self, source: str, split: str, key: str, limit: int | None) -> PromptSet:
         longest = self.config.rollout.max_prompt_tokens
         return load_prompts(source, split, self.config.data, self.tokenizer, longest, key=key, limit=limit)
-
-    async def _score(self, prompt: Any, responses: list[list[int]]) -> list[float]:
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        n = len(texts)
-        return await self.rewards.score(texts, [prompt.answer] * n, [prompt.metadata] * n)
 
     def sample(self, version: int) -> SequenceBatch:
         """The next rollout batch, sampled with weights of ``version``."""
@@ -92,25 +91,19 @@ class RolloutSession:
         penalty = self.config.reward.overlong_penalty
         return replace(batch, rewards=batch.rewards - penalty * batch.truncated) if penalty else batch
 
-    def evaluate(self, version: int) -> dict[str, float]:
-        """Accuracy on the held-out prompts, greedy and sampled, with the servers' weights as they are."""
+    def evaluate(self, version: int, write: Callable[[list[Row]], None]) -> dict[str, float]:
+        """Evaluate the servers' weights on the held-out prompts (see ``Tally.metrics``).
+
+        Args:
+            version: of the weights; part of the seed.
+            write: called with the samples of a prompt, as soon as it is finished.
+        """
         assert self.held_out is not None
         samples = self.config.trainer.evaluation.samples
-        seed = sample_seed(self.config.run.seed, _EVAL, version)
-        found = self.sampler.evaluate(self.held_out, samples, seed)
-        result = {
-            "prompts": float(len(self.held_out)),
-            "samples_per_prompt": float(samples),
-            "greedy_accuracy": _accuracy(found.greedy_rewards, self.config),
-            "greedy_length_mean": float(found.greedy_lens.double().mean()),
-        }
-        if samples:
-            result |= {
-                "sampled_accuracy": _accuracy(found.sampled_rewards, self.config),
-                "sampled_length_mean": float(found.sampled_lens.double().mean()),
-                "sampled_truncated": float(found.sampled_truncated.double().mean()),
-            }
-        return result
+        tally = Tally(len(self.held_out), samples, greedy=True, extracts=self.rewards.extracts)
+        evaluator = Evaluator(self.sampler, self.scorer, right_from(self.config))
+        evaluator.run(self.held_out, tally, sample_seed(self.config.run.seed, _EVAL, version), write)
+        return tally.metrics(self.config.run.seed)
 
     def describe(self, batch: SequenceBatch, advantages: Tensor, count: int) -> list[dict[str, Any]]:
         """Text, reward and advantage of the first ``count`` sequences of the last batch."""
@@ -138,9 +131,3 @@ class RolloutSession:
         self.weight_sync.close()
         self.sampler.close()
         self.rewards.close()
-
-
-def _accuracy(rewards: Tensor, config: Config) -> float:
-    """Share of right answers."""
-    threshold = config.actor.adv_norm.success_threshold
-    return float((rewards >= (config.reward.correct if threshold is None else threshold)).double().mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file in one step: a reader sees the old rows or the new ones."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(to_line(row) for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 class JsonlWriter:
     """Appends rows to a file; each is flushed at once.
 
@@ -53,22 +60,21 @@ class JsonlWriter:
 
     def __init__(self, path: Path, finished: int) -> None:
         kept = [row for row in read_rows(path) if finished and row.get("step", 0) <= finished]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_rows(path, kept)
         self._file = path.open("a", encoding="utf-8")
         self.kept = kept
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row. Numbers that JSON does not have (NaN, infinity) become null."""
-        self._file.write(_line(row))
+        """Append one row."""
+        self._file.write(to_line(row))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def to_line(row: Mapping[str, Any]) -> str:
+    """A row as its line in the file. Numbers that JSON does not have (NaN, infinity) become null."""
     return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,70 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
+def plot_evaluation(
+    metrics: Mapping[str, float], lengths: np.ndarray, truncated: np.ndarray, title: str, out: Path
+) -> Path:
+    """Draw the result of one evaluation: pass@k over k with its interval, and how long the responses are.
+
+    Args:
+        metrics: ``pass_at_K``, ``maj_at_N``, ``greedy_accuracy`` where there are, each with ``_low``, ``_high``.
+        lengths: ``[N]``, tokens of every sampled response.
+        truncated: bool ``[N]``, it was cut.
+        title: of the picture.
+        out: picture to write, in one step.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        _draw_pass_at_k(left, metrics)
+        _draw_length_histogram(right, lengths, truncated)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, parse_math=False)
+        temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
+        figure.savefig(temporary)
+    os.replace(temporary, out)
+    return out
+
+
+def _draw_pass_at_k(axes: Axes, metrics: Mapping[str, float]) -> None:
+    axes.set_title("pass@k, with 95 % intervals")
+    sizes = sorted(int(name.removeprefix("pass_at_")) for name in metrics if re.fullmatch(r"pass_at_\d+", name))
+    value, low, high = ([metrics[f"pass_at_{k}{end}"] for k in sizes] for end in ("", "_low", "_high"))
+    axes.plot(sizes, value, color=_BLUE, marker="o", markersize=4, label="pass@k")
+    axes.fill_between(sizes, low, high, color=_BLUE, alpha=0.12, linewidth=0)
+    points = [(f"maj_at_{sizes[-1]}", sizes[-1], "majority", _ORANGE), ("greedy_accuracy", 1, "greedy", _GREEN)]
+    for name, k, label, colour in points:
+        if name in metrics:
+            # The ends of a bootstrap interval may lie on one side of the mean, by rounding at least.
+            ends = [
+                [max(0.0, metrics[name] - metrics[f"{name}_low"])],
+                [max(0.0, metrics[f"{name}_high"] - metrics[name])],
+            ]
+            axes.errorbar([k], [metrics[name]], yerr=ends, color=colour, fmt="D", markersize=4, capsize=3, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(k) for k in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("k")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(loc="best")
+
+
+def _draw_length_histogram(axes: Axes, lengths: np.ndarray, truncated: np.ndarray) -> None:
+    axes.set_title("Response length (tokens)")
+    low, high = lengths.min() - 0.5, lengths.max() + 0.5
+    edges = np.linspace(low, high, 1 + min(40, int(high - low)))
+    parts = [("complete", lengths[~truncated], _BLUE), ("cut", lengths[truncated], _RED)]
+    shown = [part for part in parts if len(part[1])]
+    labels, values, colours = ([part[i] for part in shown] for i in range(3))
+    axes.hist(values, bins=edges.tolist(), stacked=True, color=colours, label=labels)
+    axes.set_ylabel("responses")
+    axes.legend(loc="best")
+
+
 def _series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values where the metric is there; null becomes NaN, which leaves a gap."""
     found = [(row["step"], row[name]) for row in rows if name in row]
@@ -143,14 +208,21 @@ def _draw_reward(axes: Axes, rows: Sequence[Row]) -> None:
         _line(axes, *accuracy, "accuracy", _GREEN)
 
 
+def accuracy_names(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are accuracies to look at first: of pass@k only the smallest and the largest k."""
+    found = [name for name in names if re.search(r"accuracy|(pass|maj)_at_\d+$", name)]
+    found = [name for name in found if not name.endswith(("_low", "_high"))]
+    passes = sorted((name for name in found if "pass_at_" in name), key=lambda name: int(name.rpartition("_")[2]))
+    return [name for name in found if name not in passes[1:-1]]
+
+
 def _draw_evaluations(axes: Axes, evaluations: Sequence[Row]) -> None:
     """Every accuracy of the evaluations, with its interval where there is one (``NAME_low``, ``NAME_high``)."""
     axes.set_title("Held-out accuracy")
-    names = list(dict.fromkeys(name for row in evaluations for name in row if "accuracy" in name))
-    names = [name for name in names if not name.endswith(("_low", "_high"))]
+    names = accuracy_names(dict.fromkeys(name for row in evaluations for name in row))
     for name, colour in zip(names, (_BLUE, _GREEN, _ORANGE, _PURPLE), strict=False):
         steps, values = _series(evaluations, name)
-        label = name.removeprefix("eval/").replace("accuracy", "").strip("_/ ") or "accuracy"
+        label = name.removeprefix("eval/").replace("accuracy", "").replace("_at_", "@").strip("_/ ") or "accuracy"
         axes.plot(steps, values, color=colour, label=label.replace("_", " "), marker="o", markersize=4)
         low, high = _series(evaluations, f"{name}_low"), _series(evaluations, f"{name}_high")
         if len(low[0]) == len(high[0]) == len(steps):

@@ -4,6 +4,7 @@
 ``metrics.jsonl``         one row per step
 ``samples.jsonl``         a few sequences per step
 ``evaluations.jsonl``     one row per evaluation
+``evaluation_samples/``   one file per evaluation, ``step_NNNNNN.jsonl``: all of its responses
 ``tensorboard/``          the same numbers as event files
 ``curves.png``            the picture of ``plots.plot_run``, renewed while training
 ========================  ==========================================================
@@ -17,8 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mapo.tracking.jsonl import JsonlWriter, Row
-from megatron_mapo.tracking.plots import plot_run
+from megatron_mapo.tracking.jsonl import JsonlWriter, Row, replace_rows
+from megatron_mapo.tracking.plots import accuracy_names, plot_run
 from megatron_mapo.tracking.progress import ProgressView, duration, open_progress
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Tracker:
         self._metrics = JsonlWriter(self._run_dir / "metrics.jsonl", start_step)
         self._samples = JsonlWriter(self._run_dir / "samples.jsonl", start_step)
         self._evaluations = JsonlWriter(self._run_dir / "evaluations.jsonl", start_step)
+        for file in (self._run_dir / "evaluation_samples").glob("step_*.jsonl"):
+            if not start_step or int(file.stem.removeprefix("step_")) > start_step:
+                file.unlink()
         self._first: Row | None = self._metrics.kept[0] if self._metrics.kept else None
         self._last: Row | None = self._metrics.kept[-1] if self._metrics.kept else None
         self._evaluated: list[Row] = list(self._evaluations.kept)
@@ -74,8 +78,13 @@ class Tracker:
         for row in rows:
             self._samples.write({"step": step, **row})
 
-    def log_evaluation(self, step: int, evaluation: Mapping[str, Any]) -> None:
-        """Write an evaluation of the weights after ``step`` steps, and say its accuracies."""
+    def log_evaluation(
+        self, step: int, evaluation: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Write an evaluation of the weights after ``step`` steps and its samples, and say its accuracies."""
+        folder = self._run_dir / "evaluation_samples"
+        folder.mkdir(exist_ok=True)
+        replace_rows(folder / f"step_{step:06d}.jsonl", samples)
         row = {"step": step, "time": round(time.time(), 3), **evaluation}
         self._evaluations.write(row)
         self._evaluated.append(row)
@@ -150,5 +159,5 @@ def _accuracies(evaluation: Mapping[str, Any]) -> str:
         for name, value in evaluation.items()
         if isinstance(value, int | float) and name not in ("step", "time")
     }
-    chosen = {n: v for n, v in numbers.items() if "accuracy" in n and not n.endswith(("_low", "_high"))} or numbers
+    chosen = {name: numbers[name] for name in accuracy_names(numbers)} or numbers
     return "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in chosen.items())

@@ -69,6 +69,31 @@ def test_the_checkpoint_exports_the_same_weights(straight: Path, tmp_path: Path)
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
+def test_evaluations_are_told_with_intervals_and_kept(straight: Path) -> None:
+    first, last = rows(straight / "evaluations.jsonl")
+    assert (first["step"], last["step"]) == (0, 3)
+    for row in (first, last):
+        table = rows(straight / f"evaluation_samples/step_{row['step']:06d}.jsonl")
+        assert [(r["prompt_id"], r["sample"]) for r in table] == [(p, s) for p in range(4) for s in (0, 1, "greedy")]
+        sampled = [r for r in table if r["sample"] != "greedy"]
+        assert row["pass_at_1"] == sum(r["right"] for r in sampled) / 8
+        assert row["greedy_accuracy"] == sum(r["right"] for r in table if r["sample"] == "greedy") / 4
+        assert row["sampled_length_mean"] == sum(r["length"] for r in sampled) / 8
+        assert row["pass_at_1_low"] <= row["pass_at_1"] <= row["pass_at_1_high"]
+        assert row["pass_at_2"] >= row["pass_at_1"]
+
+
+def test_the_last_checkpoint_evaluates_as_at_the_end_of_training(straight: Path) -> None:
+    command = [sys.executable, "-m", "megatron_mapo", "eval", "--model", str(straight), "-k", "1", "--greedy"]
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    out = straight / "evaluations/step_000003-heldout"
+    mine, theirs = rows(out / "samples.jsonl"), rows(straight / "evaluation_samples/step_000003.jsonl")
+    greedy = [[row for row in table if row["sample"] == "greedy"] for table in (mine, theirs)]
+    assert greedy[0] == greedy[1]
+    assert not (out / "model").exists()
+
+
 def test_a_killed_run_goes_on_with_the_same_numbers(straight: Path, workspace: Path, server_url: str) -> None:
     arguments = command(workspace, f"rollout.urls=[{server_url}]", "run.name=killed", "trainer.steps=3")
     folder = workspace / "runs" / "killed"

@@ -91,13 +91,39 @@ def test_temperature_is_that_of_the_configuration(make, version, sync, model_pat
     torch.testing.assert_close(one.rollout_logprobs, reference, atol=1e-3, rtol=0)
 
 
-def test_evaluate_gives_greedy_and_sampled_rewards(make):
-    result = make().evaluate(PROMPTS, 4, seed=3)
-    assert (result.greedy_rewards.shape, result.sampled_rewards.shape) == ((5,), (5, 4))
-    assert (result.greedy_lens.shape, result.sampled_truncated.shape) == ((5,), (5, 4))
-    again = make().evaluate(PROMPTS, 0, seed=4)
-    assert again.greedy_rewards.tolist() == result.greedy_rewards.tolist()
-    assert again.sampled_rewards.shape == (5, 0)
+def evaluated(sampler: Sampler, prompts: list[Question], samples: int, greedy: bool, seed: int) -> dict:
+    """Tokens of the sampled and of the greedy responses to each prompt, by its id."""
+    found = {}
+
+    async def arrived(prompt, sampled, single):
+        assert prompt.id not in found
+        found[prompt.id] = [[r.token_ids for r in responses] for responses in (sampled, single)]
+
+    sampler.evaluate(prompts, samples, greedy, seed, arrived)
+    return found
+
+
+def test_evaluate_gives_sampled_and_greedy_responses(make):
+    everything = evaluated(make(), PROMPTS, 4, True, seed=3)
+    assert sorted(everything) == [p.id for p in PROMPTS]
+    assert all((len(sampled), len(single)) == (4, 1) for sampled, single in everything.values())
+    greedy = evaluated(make(), PROMPTS, 0, True, seed=4)
+    assert greedy == {i: [[], single] for i, (_, single) in everything.items()}
+
+
+def test_a_part_of_the_prompts_gets_the_same_responses(make):
+    everything = evaluated(make(), PROMPTS, 3, False, seed=3)
+    part = evaluated(make(), PROMPTS[3:], 3, False, seed=3)
+    assert part == {i: everything[i] for i in (103, 104)}
+    assert len({str(sampled) for sampled, _ in everything.values()}) == 5
+
+
+def test_what_fails_on_arrival_ends_the_evaluation(make):
+    async def arrived(prompt, sampled, single):
+        raise RewardError(f"no answer in prompt {prompt.id}")
+
+    with pytest.raises(RewardError, match="no answer in prompt 10"):
+        make().evaluate(PROMPTS, 2, True, 1, arrived)
 
 
 def test_a_version_that_is_not_expected_is_refused(make, version):

@@ -57,10 +57,10 @@ class TestHelp:
     def test_lists_the_commands(self) -> None:
         result = run("--help")
         assert result.returncode == 0
-        for command in ("train", "serve", "launch", "export", "inspect", "plot", "options"):
+        for command in ("train", "serve", "launch", "export", "eval", "inspect", "plot", "options"):
             assert f"\n    {command} " in result.stdout
 
-    @pytest.mark.parametrize("command", [["train"], ["launch", "local"], ["serve"]])
+    @pytest.mark.parametrize("command", [["train"], ["launch", "local"], ["serve"], ["eval"]])
     def test_of_a_run_lists_every_option(self, command: list[str]) -> None:
         result = run(*command, "--help")
         assert result.returncode == 0

@@ -50,3 +50,13 @@ def obey(response, answer, metadata):
 
 
 not_a_function = 3
+
+
+def extract(response):
+    """What the verifiers of this file would read: they obey, so does this."""
+    if response == "raise in extract":
+        raise ValueError("cannot read")
+    if response == "number":
+        return 3
+    obey(response, "", {})
+    return response.lower() or None

@@ -57,7 +57,8 @@ class TestRows:
     def test_samples_and_evaluations(self, tmp_path):
         tracker = Tracker(tmp_path, QUIET, 5, 0)
         tracker.log_samples(1, [{"prompt": "2+2?", "response": "vier 你好\n", "reward": 0.0}] * 2)
-        tracker.log_evaluation(0, {"greedy_accuracy": 0.5, "name": "held-out"})
+        tracker.log_evaluation(0, {"greedy_accuracy": 0.5, "name": "held-out"}, [{"sample": 0}, {"sample": "greedy"}])
+        assert read_rows(tmp_path / "evaluation_samples/step_000000.jsonl") == [{"sample": 0}, {"sample": "greedy"}]
         tracker.close()
         assert read_rows(tmp_path / "samples.jsonl")[1]["response"] == "vier 你好\n"
         assert steps_of(tmp_path / "samples.jsonl") == [1, 1]
@@ -83,7 +84,10 @@ class TestResume:
         second = Tracker(tmp_path, QUIET, 9, finished)
         assert steps_of(tmp_path / "metrics.jsonl") == kept
         assert steps_of(tmp_path / "samples.jsonl") == [s for s in kept for _ in range(2)]
-        assert steps_of(tmp_path / "evaluations.jsonl") == [s for s in (0, 4) if 0 < finished >= s]
+        evaluated = [s for s in (0, 4) if 0 < finished >= s]
+        assert steps_of(tmp_path / "evaluations.jsonl") == evaluated
+        files = sorted(file.name for file in (tmp_path / "evaluation_samples").iterdir())
+        assert files == [f"step_{s:06d}.jsonl" for s in evaluated]
         second.log(finished + 1, metrics(finished + 1))
         assert steps_of(tmp_path / "metrics.jsonl") == [*kept, finished + 1]
         second.close()
