@@ -54,7 +54,8 @@ class Case:
 
     @property
     def reference(self) -> str:
-        return f"{self.model}-{self.loss}-{'all' if self.rows is None else 'few'}{'-lora' if self.lora else ''}"
+        rows = "all" if self.rows is None else f"{len(self.rows)} rows"
+        return f"{self.model}-{self.loss}-{rows}{'-lora' if self.lora else ''}"
 
     def as_reference(self) -> Case:
         """The same in one process."""
