@@ -5,6 +5,13 @@ from __future__ import annotations
 from megatron_mapo.config import Config, Dtype
 
 
+def has_accelerator() -> bool:
+    """Whether models run on CUDA here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def native_dtype() -> Dtype:
     """bfloat16 where the hardware multiplies it natively, else float32.
 
@@ -13,7 +20,7 @@ def native_dtype() -> Dtype:
     """
     import torch
 
-    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = has_accelerator() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Dtype.bfloat16 if fast else Dtype.float32
 
 

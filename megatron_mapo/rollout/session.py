@@ -15,11 +15,13 @@ from transformers import AutoTokenizer
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
 from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.hardware import has_accelerator
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
 from megatron_mapo.rollout.scoring import Scorer
+from megatron_mapo.rollout.served import check_served
 from megatron_mapo.rollout.weight_sync import WeightSync
 
 # Which stream of random numbers a seed is for.
@@ -44,9 +46,10 @@ def stop_token_ids(model_path: Path, eos_token_id: int | None) -> list[int]:
 
 def open_client(config: Config, model_path: Path, urls: list[str], api_key: str | None) -> RolloutClient:
     """A client of servers that hold the model of ``model_path``."""
-    # The model's, not the tokenizer's: many models have rows that no text leads to.
-    vocab_size = json.loads((model_path / "config.json").read_text())["vocab_size"]
-    return RolloutClient(urls, api_key, config.rollout.timeout, config.rollout.retries, vocab_size)
+    hf, rollout = json.loads((model_path / "config.json").read_text()), config.rollout
+    check_served(hf, rollout.max_prompt_tokens + rollout.max_response_tokens, on_cpu=not has_accelerator())
+    # The model's vocabulary, not the tokenizer's: many models have rows that no text leads to.
+    return RolloutClient(urls, api_key, rollout.timeout, rollout.retries, hf["vocab_size"])
 
 
 class RolloutSession:
