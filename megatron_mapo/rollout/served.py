@@ -26,8 +26,8 @@ def check_served(hf: Mapping[str, Any], longest: int, *, on_cpu: bool) -> None:
         ConfigError: names the key to change.
     """
     kind, window = hf.get("model_type"), hf.get("sliding_window")
-    windowed = window is not None and hf.get("use_sliding_window", True)
-    if windowed and kind not in _WINDOWS_SERVED and longest > int(window):
+    ignored = kind not in _WINDOWS_SERVED and hf.get("use_sliding_window", True)
+    if window is not None and ignored and longest > window:
         raise ConfigError(
             f"model.path: {kind} attends to the last {window} tokens only, and SGLang serves it without that window: "
             f"rollout.max_prompt_tokens + rollout.max_response_tokens must be at most {window}, got {longest}"
