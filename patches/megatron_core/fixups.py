@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import multiprocessing
+import queue
 from collections.abc import Callable, Iterator
-from multiprocessing.managers import SyncManager
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from megatron_mapo import process_tree
 from megatron_mapo.patches.megatron_core import cpu_torch
 from megatron_mapo.patches.megatron_core.adam import FusedAdam
 from megatron_mapo.patches.megatron_core.import_hook import Fixup
@@ -84,23 +82,15 @@ def _optimizer_adam(module: ModuleType) -> None:
         module.USING_PYTORCH_OPTIMIZER = False
 
 
-def _write_queue_dies_with_us(module: ModuleType) -> None:
-    """Saving starts a helper process (a queue's manager) that outlives a trainer killed by SIGKILL."""
-
-    def queue() -> Any:
-        if module._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-            manager.start(process_tree.die_with_parent)
-            module._results_queue = manager.Queue()
-        return module._results_queue
-
-    module._get_write_results_queue = queue
+def _write_queue_without_a_process(module: ModuleType) -> None:
+    """What was written is told through a queue; megatron starts a process for it, and threads need none."""
+    module._get_write_results_queue = queue.Queue
 
 
 EVERYWHERE: dict[str, list[Fixup]] = {
     "megatron.core.optimizer": [_optimizer_adam],
     "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam],
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": [_write_queue_dies_with_us],
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": [_write_queue_without_a_process],
 }
 CPU_ONLY: dict[str, list[Fixup]] = {
     "megatron.core.tensor_parallel.random": [_random],

@@ -11,6 +11,7 @@ import torch
 from tiny_models import make_tiny_model
 from torch import Tensor
 
+from megatron_mapo import checkpoint_files
 from megatron_mapo.config import Config, Dtype, LossAggregation, LRSchedule
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import CheckpointError
@@ -93,12 +94,12 @@ def test_old_checkpoints_are_removed_and_partial_ones_never_listed(
     (tmp_path / "step_000008").write_text("a file")
     for step in (5, 20, 1000000):
         checkpoint.save(policy, runtime, tmp_path, step, {}, keep=2)
-    assert checkpoint.checkpoints(tmp_path) == [
+    assert checkpoint_files.complete_checkpoints(tmp_path) == [
         (20, tmp_path / "step_000020"),
         (1000000, tmp_path / "step_1000000"),
     ]
     assert (tmp_path / "step_000009.partial").is_dir(), "what is not a checkpoint is not touched"
-    assert checkpoint.checkpoints(tmp_path / "nowhere") == []
+    assert checkpoint_files.complete_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_a_partial_folder_of_a_killed_run_is_written_anew(runtime: Runtime, model: Path, tmp_path: Path) -> None:
@@ -185,4 +186,4 @@ def test_a_full_disk_leaves_no_checkpoint(model: Path, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "refused: could not write" in result.stdout
-    assert checkpoint.checkpoints(out) == []
+    assert checkpoint_files.complete_checkpoints(out) == []
