@@ -28,9 +28,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+from megatron_mapo.checkpoint_files import choose
 from megatron_mapo.config import DATA_SUFFIXES, Config, Dtype, data_parallel_size
 from megatron_mapo.errors import ConfigError, DataError
-from megatron_mapo.launch.run_folder import list_checkpoints
 from megatron_mapo.quickstart import QUICKSTART_SMOLLM2, prepare_smollm2
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -176,19 +176,20 @@ def make_plan(config: Config, processes: int, command: list[str]) -> Plan:
     Raises:
         ConfigError: the layout does not fit the number of processes or the model.
         DataError: the model or the data file cannot be found or used.
+        CheckpointError: there is no checkpoint of ``run.resume_step``.
     """
     data_parallel = data_parallel_size(config, processes)
     shape = ModelShape.read(find_model_config(config.model.path))
     _check_layout(config, shape)
     _check_data(config)
-    saved = list_checkpoints(config.run_dir)
+    chosen = choose(config.run_dir / "checkpoints", config.run.resume_step)
     return Plan(
         config=config,
         processes=processes,
         data_parallel=data_parallel,
         shape=shape,
         memory=estimate_memory(config, shape, data_parallel),
-        resumes_from=saved[-1].step if saved else None,
+        resumes_from=chosen[0] if chosen else None,
         command=command,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from frozen_trainer import train_frozen as train_frozen  # a case like those below
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

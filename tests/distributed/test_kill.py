@@ -1,0 +1,188 @@
+"""``kill -9`` at random moments and in the middle of saving: the run ends with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Launcher, RankFailed
+from safetensors.torch import load_file
+from tiny_models import make_tiny_model
+
+from megatron_mapo import checkpoint_files
+
+KILLS = 20
+STEPS = 120
+PATIENCE = 60.0
+VARIES = ("time", "seconds", "speed", "memory")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kill")
+    make_tiny_model(folder / "model", hidden_size=128, intermediate_size=512)
+    rows = [{"question": f"What is {a} plus {a * 7 % 5}?", "answer": str(a + a * 7 % 5)} for a in range(23)]
+    for name in ("train.jsonl", "heldout.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(
+        f"""
+run: {{output_dir: {folder / "runs"}}}
+model: {{path: {folder / "model"}, dtype: float32}}
+data: {{train: train.jsonl, eval: heldout.jsonl}}
+actor: {{optim: {{lr: 1.0e-3, schedule: cosine, warmup_steps: 10}}, microbatch_tokens: 512}}
+rollout: {{prompts_per_step: 3, responses_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 12}}
+trainer:
+  steps: {STEPS}
+  save_interval: 3
+  keep_every: 30
+  keep_best: true
+  export: true
+  threads: 1
+  evaluation: {{interval: 6, samples: 0}}
+tracking: {{plots: false, tensorboard: false, progress: false}}
+"""
+    )
+    return folder
+
+
+class Life:
+    """One start of the run, in a thread of this process."""
+
+    def __init__(self, launcher: Launcher, workspace: Path, name: str) -> None:
+        self.pids = workspace / f"pids-{time.monotonic_ns()}"
+        self.pids.mkdir()
+        arguments = {"config": str(workspace / "config.yaml"), "overrides": [f"run.name={name}"]}
+        self.error: RankFailed | None = None
+        self._thread = threading.Thread(target=self._run, args=(launcher, arguments | {"pids": str(self.pids)}))
+        self._thread.start()
+
+    def _run(self, launcher: Launcher, arguments: dict[str, Any]) -> None:
+        try:
+            launcher.run(2, "train_frozen", arguments, timeout=200)
+        except RankFailed as error:
+            self.error = error
+
+    @property
+    def over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """SIGKILL to both ranks, one right after the other."""
+        for file in (self.pids / "0", self.pids / "1"):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+    def end(self) -> None:
+        """Wait until it is over."""
+        self._thread.join(timeout=240)
+        assert self.over
+
+
+def wait_until(happens: Callable[[], bool], life: Life) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happens():
+        assert not life.over, f"the run ended before it could be killed: {life.error}"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def steps_logged(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def moment(kind: str, run: Path, chance: random.Random) -> Callable[[Life], None]:
+    """Waits for the moment to kill: while starting, while training, or at a certain point of a save."""
+    checkpoints = run / "checkpoints"
+
+    def wait(life: Life) -> None:
+        wait_until(lambda: (life.pids / "0").exists() and (life.pids / "1").exists(), life)
+        if kind == "start":
+            time.sleep(chance.uniform(0.0, 1.0))
+            return
+        before = {p.name for p in checkpoints.glob("*")}
+        start = time.time()
+        wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_mtime > start, life)
+        if kind == "training":
+            time.sleep(chance.uniform(0.0, 1.0))
+        elif kind == "partial":
+            wait_until(lambda: any(p.name not in before for p in checkpoints.glob("*.partial")), life)
+            time.sleep(chance.uniform(0.0, 0.03))
+        elif kind == "manifest":
+            wait_until(lambda: any(checkpoints.glob("*.partial/manifest.json")), life)
+        elif kind == "name":
+            wait_until(lambda: any(p.suffix == "" and p.name not in before for p in checkpoints.glob("step_*")), life)
+
+    return wait
+
+
+def table(file: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(VARIES)} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_with_the_same_bits(launcher: Launcher, workspace: Path) -> None:
+    straight, killed = workspace / "runs/straight", workspace / "runs/killed"
+    life = Life(launcher, workspace, "straight")
+    life.end()
+    assert life.error is None, life.error
+
+    chance = random.Random(0)
+    kinds = ["training"] * 9 + ["start"] * 3 + ["partial"] * 5 + ["manifest"] * 2 + ["name"]
+    assert len(kinds) == KILLS
+    chance.shuffle(kinds)
+    newest = 0
+    for kind in kinds:
+        life = Life(launcher, workspace, "killed")
+        moment(kind, killed, chance)(life)
+        life.kill()
+        life.end()
+        assert life.error is not None
+        saved = checkpoint_files.complete_checkpoints(killed / "checkpoints")
+        reached = saved[-1][0] if saved else 0
+        assert reached >= newest, "a complete checkpoint is gone"
+        for _, path in saved:
+            assert checkpoint_files.verify(path) is not None, "a folder under its final name is complete"
+        newest = reached
+    assert 0 < newest < STEPS
+    life = Life(launcher, workspace, "killed")
+    life.end()
+    assert life.error is None, life.error
+    assert_same(straight, killed)
+
+
+def assert_same(straight: Path, killed: Path) -> None:
+    """Weights, optimizer, everything that was logged, and which checkpoints stayed."""
+    here, there = load_file(killed / "export/model.safetensors"), load_file(straight / "export/model.safetensors")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+        assert table(killed / name) == table(straight / name)
+    assert [row["step"] for row in table(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    ours = checkpoint_files.complete_checkpoints(killed / "checkpoints")
+    assert [s for s, _ in ours] == [s for s, _ in checkpoint_files.complete_checkpoints(straight / "checkpoints")]
+    for pointer in ("latest", "best"):
+        found = checkpoint_files.read_pointer(killed / "checkpoints", pointer)
+        assert found is not None
+        assert found == checkpoint_files.read_pointer(straight / "checkpoints", pointer)
+    assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == sorted(
+        p.name for p in (straight / "checkpoints").iterdir()
+    ), "nothing is left behind"
+    for _, path in ours:
+        mine, undisturbed = (
+            checkpoint_files.read_manifest(p / path.name) for p in (killed / "checkpoints", straight / "checkpoints")
+        )
+        assert mine is not None
+        assert undisturbed is not None
+        tensors = [name for name in undisturbed.files if name.endswith(".distcp")]
+        assert tensors
+        assert all(mine.files[name] == undisturbed.files[name] for name in tensors)
