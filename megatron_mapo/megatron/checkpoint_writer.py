@@ -137,12 +137,17 @@ class _HashingFile:
     def __init__(self, stream: BinaryIO, abandoned: threading.Event) -> None:
         self._stream, self._abandoned = stream, abandoned
         self._digest, self._size = xxhash.xxh3_128(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         if self._abandoned.is_set():
             raise Abandoned
         self._digest.update(data)
-        self._stream.write(data)
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.error = error  # torch raises another one on top of it
+            raise
         count = memoryview(data).nbytes
         self._size += count
         return count
@@ -168,8 +173,12 @@ def write(buckets: list[WriteBucket], transforms: Any, abandoned: threading.Even
     for path, name, (objects, tensors) in buckets:
         with open(path, "wb") as stream:
             file: Any = _HashingFile(stream, abandoned)
-            for item, data in [*objects, *tensors]:
-                written.results.append(_write_item(transforms, file, data, item, name, SerializationFormat.TORCH_SAVE))
+            try:
+                for item, data in [*objects, *tensors]:
+                    result = _write_item(transforms, file, data, item, name, SerializationFormat.TORCH_SAVE)
+                    written.results.append(result)
+            except RuntimeError as error:
+                raise file.error or error from error
             stream.flush()
             os.fsync(stream.fileno())
         written.files[name] = file.entry()

@@ -87,9 +87,47 @@ def _write_queue_without_a_process(module: ModuleType) -> None:
     module._get_write_results_queue = queue.Queue
 
 
+def _gathered_state_keeps_its_padding(module: ModuleType) -> None:
+    """Saving cuts parameters out of the gathered optimizer state by their place in the buffer, where every bucket ends
+    with padding; the gathered state has none. Behind the first padded bucket the wrong numbers were saved.
+    """
+    cls = module.DistributedOptimizer
+    gather, sharded = cls.get_parameter_state_dp_zero, cls.sharded_param_state_fully_reshardable
+
+    def gather_with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = gather(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers if state is not None else ()):
+            for tensors in state[index].values():
+                for key in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[key] = _with_bucket_padding(tensors[key], buffer)
+        return state
+
+    @functools.wraps(sharded)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.get_parameter_state_dp_zero = functools.partial(gather_with_padding, self)
+        try:
+            return sharded(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    cls.sharded_param_state_fully_reshardable = wrapped
+
+
+def _with_bucket_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """``flat`` (all buckets without the padding at their ends) with every bucket at its offset in the buffer."""
+    if len(buffer.buckets) == 1:
+        return flat
+    padded = torch.zeros(buffer.numel, dtype=flat.dtype)
+    start = 0
+    for bucket in buffer.buckets:
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = flat[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return padded
+
+
 EVERYWHERE: dict[str, list[Fixup]] = {
     "megatron.core.optimizer": [_optimizer_adam],
-    "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam],
+    "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam, _gathered_state_keeps_its_padding],
     "megatron.core.dist_checkpointing.strategies.filesystem_async": [_write_queue_without_a_process],
 }
 CPU_ONLY: dict[str, list[Fixup]] = {

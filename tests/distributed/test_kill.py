@@ -112,7 +112,9 @@ def moment(kind: str, run: Path, chance: random.Random) -> Callable[[Life], None
         start = time.time()
         wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_mtime > start, life)
         if kind == "training":
-            time.sleep(chance.uniform(0.0, 1.0))
+            until = steps_logged(run) + chance.randint(1, 5)
+            wait_until(lambda: steps_logged(run) >= until, life)
+            time.sleep(chance.uniform(0.0, 0.1))
         elif kind == "partial":
             wait_until(lambda: any(p.name not in before for p in checkpoints.glob("*.partial")), life)
             time.sleep(chance.uniform(0.0, 0.03))
