@@ -156,7 +156,7 @@ class Checkpointer:
             write_common(plan, partial)
 
         self._on_main(begin, partial)
-        staged = stage(plan.buckets, self.runtime.device)
+        staged = stage(plan, self.runtime.device)
         writing = self._executor.submit(write, staged, plan.writer.transforms, self._abandoned)
         describe = _describer(policy, self.runtime, step, score)
         self._in_flight = _InFlight(partial, plan, writing, describe)

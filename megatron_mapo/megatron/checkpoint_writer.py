@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
@@ -61,6 +63,7 @@ class Plan:
         buckets: this rank's files and what goes into them.
         common: values that are no tensors, the same on all ranks; rank 0 writes them.
         parts: bytes of this rank's tensors and objects, by what they belong to (``PARTS``).
+        shared: addresses of the storages of ``contents``. A tensor elsewhere is a copy that planning has made.
     """
 
     writer: FileSystemWriterAsync
@@ -68,6 +71,7 @@ class Plan:
     buckets: list[WriteBucket]
     common: dict[str, Any]
     parts: dict[str, int]
+    shared: set[int]
 
 
 def make_plan(contents: dict[str, Any], folder: Path) -> Plan:
@@ -78,11 +82,16 @@ def make_plan(contents: dict[str, Any], folder: Path) -> Plan:
         folder: exists on all ranks.
     """
     sharded, common = save_preprocess(contents)
+    shared = {_storage(value.data) for value in nested_values(sharded) if isinstance(value, ShardedTensor)}
     planner = Planner()
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
     FullyParallelSaveStrategyWrapper(planner, copies).async_save(sharded, folder)
     buckets = planner.writer.write_buckets or []
-    return Plan(planner.writer, planner.index, buckets, common, _bytes_of_parts(buckets))
+    return Plan(planner.writer, planner.index, buckets, common, _bytes_of_parts(buckets), shared)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _bytes_of_parts(buckets: list[WriteBucket]) -> dict[str, int]:
@@ -103,16 +112,22 @@ def write_common(plan: Plan, folder: Path) -> None:
     TorchCommonSaveStrategy("torch", 1).save_common(plan.common, folder)
 
 
-def stage(buckets: list[WriteBucket], device: torch.device) -> list[WriteBucket]:
-    """Copies in host memory that the next update does not change. The originals are let go one by one."""
+def stage(plan: Plan, device: torch.device) -> list[WriteBucket]:
+    """The plan's files, with copies in host memory of all that the next update changes.
+
+    The plan lets its tensors go one by one.
+    """
     staged = []
-    while buckets:
-        path, name, (objects, tensors) = buckets.pop(0)
+    while plan.buckets:
+        path, name, (objects, tensors) = plan.buckets.pop(0)
         copies = []
         while tensors:
             item, tensor = tensors.pop(0)
-            # On CUDA a tensor in host memory is megatron's gathered copy; on CPU it may be the optimizer's own.
-            copies.append((item, tensor.clone() if device.type == "cpu" else tensor.to("cpu", non_blocking=True)))
+            if tensor.device.type != "cpu":
+                tensor = tensor.to("cpu", non_blocking=True)
+            elif _storage(tensor) in plan.shared:
+                tensor = tensor.clone()
+            copies.append((item, tensor))
         staged.append((path, name, (objects, copies)))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
