@@ -1,10 +1,11 @@
-"""``kill -9`` at random moments and in the middle of saving: the run ends with the bits of an undisturbed one."""
+"""Whole runs of the real trainer, without servers: killed, resumed, damaged, and still the same bits in the end."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -57,17 +58,18 @@ tracking: {{plots: false, tensorboard: false, progress: false}}
 class Life:
     """One start of the run, in a thread of this process."""
 
-    def __init__(self, launcher: Launcher, workspace: Path, name: str) -> None:
+    def __init__(self, launcher: Launcher, workspace: Path, name: str, *options: str, ranks: int = 2) -> None:
         self.pids = workspace / f"pids-{time.monotonic_ns()}"
         self.pids.mkdir()
-        arguments = {"config": str(workspace / "config.yaml"), "overrides": [f"run.name={name}"]}
+        arguments = {"config": str(workspace / "config.yaml"), "overrides": [f"run.name={name}", *options]}
         self.error: RankFailed | None = None
-        self._thread = threading.Thread(target=self._run, args=(launcher, arguments | {"pids": str(self.pids)}))
+        arguments["pids"] = str(self.pids)
+        self._thread = threading.Thread(target=self._run, args=(launcher, ranks, arguments))
         self._thread.start()
 
-    def _run(self, launcher: Launcher, arguments: dict[str, Any]) -> None:
+    def _run(self, launcher: Launcher, ranks: int, arguments: dict[str, Any]) -> None:
         try:
-            launcher.run(2, "train_frozen", arguments, timeout=200)
+            launcher.run(ranks, "train_frozen", arguments, timeout=200)
         except RankFailed as error:
             self.error = error
 
@@ -160,6 +162,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(launcher: Launcher, w
     life.end()
     assert life.error is None, life.error
     assert_same(straight, killed)
+    assert [row["step"] for row in table(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
 def assert_same(straight: Path, killed: Path) -> None:
@@ -169,7 +172,6 @@ def assert_same(straight: Path, killed: Path) -> None:
     assert all(torch.equal(here[name], there[name]) for name in here)
     for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
         assert table(killed / name) == table(straight / name)
-    assert [row["step"] for row in table(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
     ours = checkpoint_files.complete_checkpoints(killed / "checkpoints")
     assert [s for s, _ in ours] == [s for s, _ in checkpoint_files.complete_checkpoints(straight / "checkpoints")]
     for pointer in ("latest", "best"):
@@ -188,3 +190,39 @@ def assert_same(straight: Path, killed: Path) -> None:
         tensors = [name for name in undisturbed.files if name.endswith(".distcp")]
         assert tensors
         assert all(mine.files[name] == undisturbed.files[name] for name in tensors)
+
+
+def whole(launcher: Launcher, workspace: Path, name: str, *options: str) -> Path:
+    """A short run to its end, with one rank."""
+    short = ("trainer.steps=6", "trainer.save_interval=1", "trainer.evaluation.interval=2", "trainer.keep_every=2")
+    life = Life(launcher, workspace, name, *short, *options, ranks=1)
+    life.end()
+    if life.error is not None:
+        raise life.error
+    return workspace / "runs" / name
+
+
+def test_a_run_resumes_from_the_step_that_was_asked_for(launcher: Launcher, workspace: Path) -> None:
+    straight = whole(launcher, workspace, "short")
+    again = whole(launcher, workspace, "again", "trainer.async_save=false")
+    assert_same(straight, again)
+    evaluations = table(straight / "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 4, 6]
+    best = max(evaluations[1:], key=lambda row: row["greedy_accuracy"])
+    assert checkpoint_files.read_pointer(straight / "checkpoints", "best") == f"step_{best['step']:06d}"
+
+    newest = again / "checkpoints" / "step_000006"
+    weights = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RankFailed, match=r"is damaged: its checksum .* run.resume_step \(there are: 2, 4, 5\)"):
+        whole(launcher, workspace, "again")
+    with pytest.raises(RankFailed, match="no checkpoint of step 3; there are: 2, 4, 5, 6"):
+        whole(launcher, workspace, "again", "run.resume_step=3")
+    whole(launcher, workspace, "again", "run.resume_step=2")
+    aside = sorted((again / "checkpoints").glob("*.aside"))
+    assert [path.name for path in aside] == ["step_000004.aside", "step_000005.aside", "step_000006.aside"]
+    for path in aside:
+        shutil.rmtree(path)
+    assert_same(straight, again)
