@@ -94,8 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     export.add_argument("--step", type=_positive, metavar="N", help="checkpoint to take (default: the last)")
 
-    inspect = _command(commands, "inspect", "show a run: configuration, checkpoints, last metrics", _inspect)
-    inspect.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    inspect = _command(commands, "inspect", "show a run or one checkpoint, and check its files", _inspect)
+    inspect.add_argument("path", type=Path, metavar="RUN", help="folder of the run, or of one of its checkpoints")
+    inspect.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
 
     plot = _command(commands, "plot", "draw a run's curves", _plot)
     plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
@@ -232,24 +233,41 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.launch.run_folder import find_checkpoint, read_run
+
+    single = find_checkpoint(arguments.path)
+    if single is not None:
+        problem = _print_checkpoint(single, arguments.verify)
+        problems = [problem] if problem else []
+    else:
+        summary = read_run(arguments.path)
+        print(summary.config)
+        print(f"last step: {'none yet' if summary.step is None else summary.step}")
+        problems = [p for p in (_print_checkpoint(c, arguments.verify) for c in summary.checkpoints) if p]
+        if not summary.checkpoints:
+            print("checkpoints: none")
+        _print_metrics([*sorted(summary.metrics.items()), *sorted(summary.evaluation.items())])
+    if problems:
+        raise CheckpointError(problems[0])
+    return 0
+
+
+def _print_checkpoint(checkpoint: Any, checksums: bool) -> str | None:
+    from megatron_mapo.launch.run_folder import describe_checkpoint
+
+    lines, problem = describe_checkpoint(checkpoint, checksums)
+    print("\n".join(lines))
+    return problem
+
+
+def _print_metrics(values: list[tuple[str, tuple[Any, int]]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_mapo.launch.run_folder import read_run
-
-    summary = read_run(arguments.run_dir)
-    console = Console(highlight=False)
-    print(summary.config)
-    print(f"last step: {'none yet' if summary.step is None else summary.step}")
-    for saved in summary.checkpoints:
-        print(f"checkpoint: step {saved.step}, {saved.size / 2**20:,.1f} MiB, {saved.path}")
-    if not summary.checkpoints:
-        print("checkpoints: none")
     table = Table("metric", "last value", "step", box=None, pad_edge=False)
-    for name, (value, step) in [*sorted(summary.metrics.items()), *sorted(summary.evaluation.items())]:
+    for name, (value, step) in values:
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value), str(step))
-    console.print(table)
-    return 0
+    Console(highlight=False).print(table)
 
 
 def _plot(arguments: argparse.Namespace) -> int:

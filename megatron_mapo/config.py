@@ -114,6 +114,8 @@ class RunConfig:
     """Seed of data order, sampling and initialisation."""
     resume: Resume = Resume.auto
     """`auto` goes on from the last complete checkpoint of this run; `never` demands an empty folder."""
+    resume_step: int | None = None
+    """Go on from the checkpoint of this step, not from the last one. Later checkpoints are set aside (`*.aside`)."""
 
 
 @dataclass
@@ -398,8 +400,18 @@ class TrainerConfig:
     """Training steps (rollout batches)."""
     save_interval: int = 0
     """Checkpoint every this many steps; 0: only after the last step."""
+    async_save: bool = True
+    """Write checkpoints while training goes on. Costs host memory for one more copy of what a rank writes."""
     keep_checkpoints: int = 2
-    """Older checkpoints are removed."""
+    """Keep this many of the newest checkpoints; older ones are removed when a new one is complete."""
+    keep_every: int = 0
+    """Keep the checkpoints of every this many steps for good; 0: none."""
+    keep_best: bool = False
+    """Keep the checkpoint with the highest `best_metric` of the evaluation at its step; the file `best` names it."""
+    best_metric: str = "pass_at_1"
+    """What `keep_best` compares: a number of `evaluations.jsonl`, higher is better."""
+    verify_checkpoints: bool = True
+    """Compare checksums of all files before a checkpoint is loaded. Sizes are compared in any case."""
     export: bool = False
     """Write a Hugging Face folder `export/` into the run folder after the last step."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
@@ -624,7 +636,8 @@ _RANGES: tuple[_Check, ...] = (
         "rollout.prompts_per_step rollout.max_prompt_tokens rollout.max_response_tokens rollout.concurrency "
         "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
         "rollout.server.max_running_requests rollout.sync.bucket_mb "
-        "reward.workers data.eval_limit trainer.steps trainer.keep_checkpoints",
+        "reward.workers data.eval_limit trainer.steps trainer.keep_checkpoints "
+        "run.resume_step",
     ),
     (
         "at least 2, because a group of one response has no advantage",
@@ -636,7 +649,7 @@ _RANGES: tuple[_Check, ...] = (
         lambda v: v >= 0,
         "actor.optim.warmup_steps actor.lora.rank rollout.retries rollout.server.threads trainer.save_interval "
         "trainer.evaluation.interval trainer.evaluation.samples trainer.threads tracking.samples "
-        "reward.memory_mb",
+        "trainer.keep_every reward.memory_mb",
     ),
     (
         "0 or more and finite",
@@ -671,7 +684,7 @@ _RANGES: tuple[_Check, ...] = (
         "not empty",
         lambda v: v.strip() != "",
         "run.output_dir model.path data.train data.eval data.prompt_key data.answer_key reward.name "
-        "rollout.server.host rollout.api_key_file rollout.sync.disk_dir",
+        "rollout.server.host rollout.api_key_file rollout.sync.disk_dir trainer.best_metric",
     ),
 )
 
@@ -691,6 +704,7 @@ def validate(config: Config) -> None:
     _validate_actor(config)
     _validate_rollout(config)
     _validate_data(config)
+    _validate_checkpoints(config)
 
 
 def get_option(config: Config, key: str) -> Any:
@@ -814,6 +828,17 @@ def _validate_data(config: Config) -> None:
     _require(
         not data.options or bool(procedural),
         "data.options is only for `reasoning_gym:task` sources, and neither data.train nor data.eval is one",
+    )
+
+
+def _validate_checkpoints(config: Config) -> None:
+    _require(
+        not config.trainer.keep_best or config.data.eval is not None,
+        "trainer.keep_best=true compares evaluations and there is nothing to evaluate on: set data.eval",
+    )
+    _require(
+        config.run.resume_step is None or config.run.resume is Resume.auto,
+        "run.resume_step is set but run.resume=never does not resume",
     )
 
 

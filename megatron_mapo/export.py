@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_mapo import checkpoint_files
 from megatron_mapo.config import ParallelConfig, load_config
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron import checkpoint, runtime
@@ -26,18 +27,17 @@ def export_run(run_dir: Path, out: Path, step: int | None = None) -> Path:
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty: name another folder")
-    saved = dict(checkpoint.checkpoints(run_dir / "checkpoints"))
-    if not saved:
+    chosen = checkpoint_files.choose(run_dir / "checkpoints", step)
+    if chosen is None:
         raise CheckpointError(f"{run_dir}/checkpoints holds no complete checkpoint")
-    path = saved.get(max(saved) if step is None else step)
-    if path is None:
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; there are: {sorted(saved)}")
+    path = chosen[1]
     config = load_config(run_dir / "config.yaml", [])
     config.actor.parallel = ParallelConfig()
     trainers = runtime.initialize(config)
     try:
         source = resolve_model_path(config.model.path)
         chunks, hf = build_model(config, source, trainers.device)
+        checkpoint.verify(trainers, path, checksums=config.trainer.verify_checkpoints)
         checkpoint.load_model(chunks, path)
         return save_folder(named_weights(chunks, hf), source, out)
     finally:

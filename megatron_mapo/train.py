@@ -21,13 +21,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_mapo import checkpoint_files
 from megatron_mapo.algorithms.advantages import estimate_advantages
 from megatron_mapo.algorithms.metrics import mismatch_metrics, rollout_metrics, update_metrics
+from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, OldLogprobs, Resume, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch, ragged_indices
-from megatron_mapo.errors import CheckpointError, MapoError, TrainingError
+from megatron_mapo.errors import CheckpointError, ConfigError, MapoError, TrainingError
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.megatron import checkpoint, hf, runtime
+from megatron_mapo.megatron.checkpoint import Checkpointer
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.quickstart import resolve_model_path
@@ -64,6 +67,10 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.run_dir = config.run_dir
+        self.checkpoints = config.run_dir / "checkpoints"
+        keep = config.trainer
+        retention = Retention(keep.keep_checkpoints, keep.keep_every, keep.keep_best)
+        self.checkpointer = Checkpointer(runtime, self.checkpoints, retention)
         self.step = 0
         self.rollout: RolloutSession | None = None
         self.tracker: Tracker | None = None
@@ -115,13 +122,15 @@ class Trainer:
         return self.on_main(on_rank_0)
 
     def _prepare(self) -> Path:
-        """Find the model, and refuse a run that is not to be resumed."""
-        saved = checkpoint.checkpoints(self.run_dir / "checkpoints")
+        """Find the model, refuse a run that is not to be resumed, and mend what a killed run has left."""
+        saved = checkpoint_files.complete_checkpoints(self.checkpoints)
         if saved and self.config.run.resume is Resume.never:
             raise CheckpointError(
                 f"{self.run_dir} holds a checkpoint of step {saved[-1][0]} and run.resume=never: "
                 "choose another run.name, remove the folder, or set run.resume=auto"
             )
+        for line in checkpoint_files.recover(self.checkpoints):
+            print(line, flush=True)
         return resolve_model_path(self.config.model.path)
 
     def _open_rollout(self) -> None:
@@ -133,15 +142,21 @@ class Trainer:
         self.tracker = Tracker(self.run_dir, self.config.tracking, self.config.trainer.steps, self.step)
 
     def _resume(self) -> None:
-        saved = self.on_main(lambda: checkpoint.checkpoints(self.run_dir / "checkpoints"))
-        if not saved:
+        chosen = self.on_main(lambda: checkpoint_files.choose(self.checkpoints, self.config.run.resume_step))
+        if chosen is None:
             return
-        step, path = saved[-1]
+        step, path = chosen
+        checkpoint.verify(self.runtime, path, self.config.trainer.verify_checkpoints)
         state = checkpoint.load(self.policy, self.runtime, path)
         self.step = step
         self.on_main(lambda: self._main_rollout.prompts.load_state_dict(state["prompts"]))
+        for aside in self.on_main(lambda: checkpoint_files.set_aside_newer(self.checkpoints, step)):
+            self._say(f"set aside {aside}: run.resume_step={step}")
+        self._say(f"resuming from {path}")
+
+    def _say(self, text: str) -> None:
         if self.runtime.is_main:
-            print(f"resuming from {path}", flush=True)
+            print(text, flush=True)
 
     @property
     def _main_rollout(self) -> RolloutSession:
@@ -161,12 +176,16 @@ class Trainer:
             self.evaluate()
         while self.step < settings.steps:
             self.train_step()
+            self.checkpointer.poll()
             last = self.step == settings.steps
-            if last or (settings.save_interval and self.step % settings.save_interval == 0):
-                self.save()
             interval = settings.evaluation.interval
+            score = None
+            # Before the checkpoint: one that is resumed from never lacks the evaluation of its step.
             if (last and settings.evaluation.at_end) or (not last and interval and self.step % interval == 0):
-                self.evaluate()
+                score = self._score(self.evaluate())
+            if last or (settings.save_interval and self.step % settings.save_interval == 0):
+                self.save(score)
+        self.checkpointer.wait()
         if settings.export:
             self.export(self.run_dir / "export")
 
@@ -289,22 +308,36 @@ class Trainer:
         Returns:
             what was logged, on every rank: ``pass_at_1``, ... (see ``rollout.evaluation.Tally.metrics``).
         """
-        if self.config.data.eval is None:
-            return {}
+        return {} if self.config.data.eval is None else self.on_main(self._evaluate)
 
-        def on_rank_0() -> dict[str, float]:
-            samples: list[dict[str, Any]] = []
-            found = self._main_rollout.evaluate(self.step, samples.extend)
-            self._main_tracker.log_evaluation(self.step, found, sorted(samples, key=row_order))
-            return found
+    def _evaluate(self) -> dict[str, float]:
+        samples: list[dict[str, Any]] = []
+        found = self._main_rollout.evaluate(self.step, samples.extend)
+        self._main_tracker.log_evaluation(self.step, found, sorted(samples, key=row_order))
+        return found
 
-        return self.on_main(on_rank_0)
+    def _score(self, evaluation: dict[str, float]) -> float | None:
+        """``trainer.best_metric`` of an evaluation, if the best checkpoint is to be kept."""
+        settings = self.config.trainer
+        if not settings.keep_best or not evaluation:
+            return None
+        if settings.best_metric not in evaluation:
+            raise ConfigError(
+                f"trainer.best_metric={settings.best_metric} is not in an evaluation; "
+                f"there are: {', '.join(evaluation)}"
+            )
+        return evaluation[settings.best_metric]
 
-    def save(self) -> None:
-        """Write a checkpoint of everything."""
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint of everything; with ``trainer.async_save`` it is complete some steps later.
+
+        Args:
+            score: the evaluation at this step, if there was one.
+        """
         state = self.on_main(lambda: {"prompts": self._main_rollout.prompts.state_dict()})
-        folder = self.run_dir / "checkpoints"
-        checkpoint.save(self.policy, self.runtime, folder, self.step, state, self.config.trainer.keep_checkpoints)
+        self.checkpointer.start(self.policy, self.step, state, score)
+        if not self.config.trainer.async_save:
+            self.checkpointer.wait()
 
     def export(self, out: Path) -> None:
         """Write the actor as a Hugging Face folder."""
@@ -325,7 +358,8 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """Close connections, verifier processes and files."""
+        """Close connections, verifier processes and files, and give up a checkpoint that is still being written."""
+        self.checkpointer.close()
         if self.rollout is not None:
             self.rollout.close()
         if self.tracker is not None:
@@ -364,5 +398,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # megatron-core starts helper processes while it saves; they import this module again.
     sys.exit(main())

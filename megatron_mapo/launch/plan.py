@@ -28,6 +28,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from megatron_mapo.checkpoint_files import choose
 from megatron_mapo.config import (
     DATA_SUFFIXES,
     ActorConfig,
@@ -37,7 +38,6 @@ from megatron_mapo.config import (
     data_parallel_size,
 )
 from megatron_mapo.errors import DataError
-from megatron_mapo.launch.run_folder import list_checkpoints
 from megatron_mapo.model_shape import ModelShape
 from megatron_mapo.quickstart import QUICKSTART_SMOLLM2, prepare_smollm2
 
@@ -107,19 +107,20 @@ def make_plan(config: Config, processes: int, command: list[str]) -> Plan:
     Raises:
         ConfigError: the layout does not fit the number of processes or the model.
         DataError: the model or the data file cannot be found or used.
+        CheckpointError: there is no checkpoint of ``run.resume_step``.
     """
     data_parallel = data_parallel_size(config, processes)
     shape = ModelShape.read(find_model_config(config.model.path))
     shape.check_layout(config.actor.parallel)
     _check_data(config)
-    saved = list_checkpoints(config.run_dir)
+    chosen = choose(config.run_dir / "checkpoints", config.run.resume_step)
     return Plan(
         config=config,
         processes=processes,
         data_parallel=data_parallel,
         shape=shape,
         memory=estimate_memory(config, shape, data_parallel),
-        resumes_from=saved[-1].step if saved else None,
+        resumes_from=chosen[0] if chosen else None,
         command=command,
     )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mapo.errors import DataError
+import xxhash
+
+from megatron_mapo import checkpoint_files
+from megatron_mapo.checkpoint_files import Manifest
+from megatron_mapo.errors import CheckpointError, DataError
 from megatron_mapo.tracking.jsonl import Row, read_rows
 
 
@@ -19,11 +22,13 @@ class Checkpoint:
         step: finished steps.
         path: its folder.
         size: bytes of its files.
+        pointers: which of the files ``latest`` and ``best`` name it.
     """
 
     step: int
     path: Path
     size: int
+    pointers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,66 @@ def read_run(folder: str | Path) -> RunSummary:
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Complete checkpoints of the run in ``folder``, oldest first."""
-    found = []
-    for path in (folder / "checkpoints").glob("step_*"):
-        match = re.fullmatch(r"step_(\d{6,})", path.name)
-        if match and path.is_dir():
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Checkpoint(int(match[1]), path, size))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    saved = checkpoint_files.complete_checkpoints(folder / "checkpoints")
+    return [_checkpoint(step, path) for step, path in saved]
+
+
+def find_checkpoint(path: Path) -> Checkpoint | None:
+    """``path`` as a complete checkpoint; None if it is something else, such as a run's folder."""
+    for step, found in checkpoint_files.complete_checkpoints(path.resolve().parent):
+        if found == path.resolve():
+            return _checkpoint(step, path)
+    return None
+
+
+def _checkpoint(step: int, path: Path) -> Checkpoint:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    names = (checkpoint_files.LATEST, checkpoint_files.BEST)
+    pointers = tuple(n for n in names if checkpoint_files.read_pointer(path.parent, n) == path.name)
+    return Checkpoint(step, path, size, pointers)
+
+
+def describe_checkpoint(checkpoint: Checkpoint, checksums: bool) -> tuple[list[str], str | None]:
+    """What ``inspect`` says about a checkpoint, a line each, and what is wrong with it.
+
+    Args:
+        checkpoint: of ``list_checkpoints``.
+        checksums: read all files and compare checksums; else only their sizes.
+    """
+    named = f" ({', '.join(checkpoint.pointers)})" if checkpoint.pointers else ""
+    lines = [f"checkpoint: step {checkpoint.step}, {_mib(checkpoint.size)}, {checkpoint.path}{named}"]
+    try:
+        manifest = checkpoint_files.read_manifest(checkpoint.path)
+        if manifest is None:
+            return [*lines, "  integrity  not known: no manifest, an earlier version wrote it"], None
+        lines += _manifest_lines(manifest, checkpoint.path.resolve().parents[1] / "config.yaml")
+        if checksums:
+            checkpoint_files.verify(checkpoint.path)
+        else:
+            checkpoint_files.check_sizes(checkpoint.path, manifest)
+    except CheckpointError as error:
+        return [*lines, f"  integrity  DAMAGED: {error}"], str(error)
+    compared = "sizes and checksums" if checksums else "sizes"
+    return [*lines, f"  integrity  {compared} of {len(manifest.files)} files as they were written"], None
+
+
+def _manifest_lines(manifest: Manifest, config: Path) -> list[str]:
+    sizes = dict(manifest.layout)
+    ranks = sizes.pop("world_size")
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    same = config.is_file() and xxhash.xxh3_128(config.read_bytes()).hexdigest() == manifest.config_hash
+    lines = [
+        f"  layout     {ranks} rank{'s' if ranks > 1 else ''}: {layout}",
+        f"  model      {manifest.model['type']}, {manifest.model['dtype']}, {manifest.model['path']}",
+        f"  sizes      {', '.join(f'{name} {_mib(size)}' for name, size in manifest.parts.items())}",
+        f"  written    {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}",
+        f"  config     {manifest.config_hash} ({'as' if same else 'not as'} {config.name} is now)",
+    ]
+    return lines if manifest.score is None else [*lines, f"  score      {manifest.score:.6g}"]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _last_values(rows: list[Row]) -> dict[str, tuple[Any, int]]:

@@ -1,38 +1,51 @@
 """Save and resume everything: model, optimizer, schedule, RNG, and the loop's own state.
 
-A checkpoint is a folder ``step_NNNNNN``. It is written as ``step_NNNNNN.partial`` and renamed when
-every rank has written its part, so a folder under its final name is always complete.
+A checkpoint is a folder in megatron's ``torch_dist`` format (``fully_reshardable``: it can be read in any layout)
+with a manifest. ``checkpoint_files`` says how it appears, stays and is checked; ``checkpoint_writer`` writes it.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
+import datetime
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+import xxhash
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mapo import __version__, checkpoint_files
+from megatron_mapo.checkpoint_files import FileEntry, Manifest, Retention
+from megatron_mapo.config import Config, to_yaml
 from megatron_mapo.errors import CheckpointError
+from megatron_mapo.megatron.checkpoint_writer import (
+    PARTS,
+    Plan,
+    Written,
+    gather_to_main,
+    make_plan,
+    stage,
+    write,
+    write_common,
+)
 from megatron_mapo.megatron.lora import adapted_layers
 from megatron_mapo.megatron.model import PolicyModel
 from megatron_mapo.megatron.policy import Policy
 from megatron_mapo.megatron.runtime import Runtime
 
-_NAME = re.compile(r"step_(\d{6,})")
+_ROOM = 64 << 20
+"""Bytes of disk for what stands beside the tensors: the index, the loop's own state, headers."""
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run, oldest first, as (step, path)."""
-    found = []
-    for path in folder.glob("step_*"):
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+# ---------------------------------------------------------------------------------------------- state
 
 
 def _metadata() -> dict[str, Any]:
@@ -65,71 +78,301 @@ def _load_chunks(chunks: list[PolicyModel], state: dict[str, Any]) -> None:
 def _sharded_state(policy: Policy, runtime: Runtime, is_loading: bool) -> dict[str, Any]:
     """What megatron writes: cut tensors of model and optimizer, and one RNG state a rank."""
     metadata = _metadata()
+    policy.gather_parameters()
     model = _sharded_model(policy.chunks, metadata)
-    rng = {"torch": torch.get_rng_state()}
-    if runtime.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(runtime.device)
     return {
         "model": model,
         "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-        "rng": ShardedObject("rng", rng, (runtime.world_size,), (runtime.rank,)),
+        "rng": ShardedObject("rng", _rng_state(runtime), (runtime.world_size,), (runtime.rank,)),
     }
 
 
-def save(policy: Policy, runtime: Runtime, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of ``step``. Collective.
+def _rng_state(runtime: Runtime) -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    if runtime.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(runtime.device)
+    return state
+
+
+def _restore_rng(runtime: Runtime, state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "tensor_parallel" in state:
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], runtime.device)
+
+
+def _fill_moments(policy: Policy) -> None:
+    """Before its first update an optimizer has no moments, and megatron cannot save that. They are zero."""
+    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+        if part.optimizer is not None and not part.optimizer.state:
+            part.init_state_fn(part.optimizer, part.config)
+
+
+# ----------------------------------------------------------------------------------------------- save
+
+
+@dataclass
+class _InFlight:
+    """A checkpoint that is being written.
+
+    Attributes:
+        partial: its folder.
+        plan: this rank's plan, without the tensors.
+        writing: this rank's thread.
+        describe: makes the manifest of all parts' bytes and all files. Used on rank 0.
+    """
+
+    partial: Path
+    plan: Plan
+    writing: Future[Written]
+    describe: Callable[[dict[str, int], dict[str, FileEntry]], Manifest]
+
+
+class Checkpointer:
+    """Writes a run's checkpoints while training goes on. Every method is collective, but for ``close``.
+
+    The state that is written is that of the moment of ``start``. The checkpoint gets its name, and older ones are
+    removed, in the first ``poll`` after all ranks have written their part, or in ``wait``.
 
     Args:
-        policy: model, optimizer and schedule to save.
         runtime: this rank.
-        folder: the run's folder of checkpoints.
-        step: number of finished steps.
-        state: the loop's own state, of plain Python values; rank 0's is kept.
-        keep: older checkpoints beyond this many are removed.
-
-    Raises:
-        CheckpointError: a rank could not write; nothing appears under the final name.
+        folder: the run's folder of checkpoints; all ranks see it.
+        retention: which complete checkpoints stay.
     """
-    final = folder / f"step_{step:06d}"
-    partial = folder / f"step_{step:06d}.partial"
-    error = None
-    if runtime.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-        except OSError as e:
-            error = str(e)
-    _refuse_if_any(runtime, final, error)
-    contents = _sharded_state(policy, runtime, is_loading=False)
-    contents["schedule"] = policy.scheduler.state_dict()
-    contents["loop"] = state
-    contents["world_size"] = runtime.world_size
+
+    def __init__(self, runtime: Runtime, folder: Path, retention: Retention) -> None:
+        self.runtime, self.folder, self.retention = runtime, folder, retention
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._abandoned = threading.Event()
+        self._in_flight: _InFlight | None = None
+
+    def start(self, policy: Policy, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Begin the checkpoint of ``step``; waits for the one before.
+
+        Args:
+            policy: model, optimizer and schedule to save.
+            step: number of finished steps.
+            state: the loop's own state, of plain Python values, the same on all ranks.
+            score: the evaluation at this step, if there was one.
+
+        Raises:
+            CheckpointError: a rank cannot write, or there is too little space; on all ranks.
+        """
+        self.wait()
+        partial = checkpoint_files.partial_folder(self.folder, step)
+        self._prepare(partial)
+        _fill_moments(policy)
+        contents = _sharded_state(policy, self.runtime, is_loading=False)
+        contents["schedule"] = policy.scheduler.state_dict()
+        contents["loop"] = state
+        contents["world_size"] = self.runtime.world_size
+        plan = make_plan(contents, partial)
+        del contents
+        needed = sum(sum(parts.values()) for parts in self.runtime.gather(plan.parts)) + _ROOM
+
+        def begin() -> None:
+            checkpoint_files.require_space(partial, needed)
+            write_common(plan, partial)
+
+        self._on_main(begin, partial)
+        staged = stage(plan, self.runtime.device)
+        writing = self._executor.submit(write, staged, plan.writer.transforms, self._abandoned)
+        describe = _describer(policy, self.runtime, step, score)
+        self._in_flight = _InFlight(partial, plan, writing, describe)
+
+    def poll(self) -> Path | None:
+        """Finish the checkpoint in flight if every rank has written its part.
+
+        Returns:
+            its folder if this call finished it.
+
+        Raises:
+            CheckpointError: a rank could not write; on all ranks. Nothing appears under the final name.
+        """
+        if self._in_flight is None:
+            return None
+        writing = self._in_flight.writing
+        error = writing.exception() if writing.done() else None
+        states = self.runtime.gather((writing.done(), None if error is None else _reason(error)))
+        if all(done for done, _ in states) or any(problem for _, problem in states):
+            return self._finish(self._in_flight)
+        return None
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint in flight and finish it; as ``poll``."""
+        return None if self._in_flight is None else self._finish(self._in_flight)
+
+    def close(self) -> None:
+        """Give up a checkpoint in flight; its partial folder stays until ``checkpoint_files.recover``."""
+        self._abandoned.set()
+        self._executor.shutdown()
+
+    def _prepare(self, partial: Path) -> None:
+        """An empty folder that all ranks see."""
+        error = None
+        if self.runtime.is_main:
+            try:
+                checkpoint_files.discard(partial)
+                partial.mkdir(parents=True)
+            except OSError as e:
+                error = _reason(e)
+        self._refuse_if_any(error, partial)
+        if not partial.is_dir():
+            error = "the folder that rank 0 made is not here; run.output_dir must be on a disk that all nodes share"
+        self._refuse_if_any(error, partial)
+
+    def _finish(self, flight: _InFlight) -> Path:
+        """Wait for this rank's writer; when all are done rank 0 completes the folder and gives it its name."""
+        self._in_flight = None
+        error = flight.writing.exception()
+        self._refuse_if_any(None if error is None else _reason(error), flight.partial)
+        done: list[Written] = gather_to_main(
+            flight.writing.result(), self.runtime.is_main, self.runtime.world_size, self.runtime.control_group
+        )
+        parts = gather_to_main(
+            flight.plan.parts, self.runtime.is_main, self.runtime.world_size, self.runtime.control_group
+        )
+        self._on_main(lambda: self._complete(flight, done, parts), flight.partial)
+        return flight.partial.with_suffix("")
+
+    def _complete(self, flight: _InFlight, done: list[Written], parts: list[dict[str, int]]) -> None:
+        """Rank 0: the index, the manifest, the name, and what is no longer needed."""
+        partial = flight.partial
+        flight.plan.writer.finish(flight.plan.index, [written.results for written in done])
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        files = {name: entry for written in done for name, entry in written.files.items()}
+        for file in partial.iterdir():
+            if file.name not in files:
+                checkpoint_files.sync_file(file)
+                files[file.name] = checkpoint_files.hash_file(file)
+        total = {name: sum(rank[name] for rank in parts) for name in PARTS}
+        checkpoint_files.write_manifest(partial, flight.describe(total, files))
+        checkpoint_files.publish(partial)
+        checkpoint_files.retain(self.folder, self.retention)
+
+    def _on_main(self, work: Callable[[], None], partial: Path) -> None:
+        """``work()`` on rank 0; its errors are raised on all ranks."""
+        error = None
+        if self.runtime.is_main:
+            try:
+                work()
+            except Exception as e:  # whatever it is, the other ranks are waiting for this one
+                error = _reason(e)
+        self._refuse_if_any(error, partial)
+
+    def _refuse_if_any(self, error: str | None, partial: Path) -> None:
+        """Raise on every rank what any of them met, and leave nothing behind."""
+        failed = [f"rank {rank}: {e}" for rank, e in enumerate(self.runtime.gather(error)) if e]
+        if not failed:
+            return
+        self.close()
+        self.runtime.barrier()  # no rank writes any more
+        if self.runtime.is_main:
+            checkpoint_files.discard(partial)
+        raise CheckpointError(
+            f"could not write {partial.with_suffix('')}: {'; '.join(failed)}. Look at run.output_dir and its free space"
+        )
+
+
+def save(policy: Policy, runtime: Runtime, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` and wait for it. Collective; the arguments are those of ``Checkpointer``.
+
+    Args:
+        keep: older checkpoints beyond this many are removed.
+    """
+    checkpointer = Checkpointer(runtime, folder, Retention(last=keep))
     try:
-        dist_checkpointing.save(contents, str(partial))
-    except (OSError, RuntimeError, CheckpointException) as e:
-        error = _reason(e)
-    _refuse_if_any(runtime, final, error)
-    if runtime.is_main:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for _, old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    runtime.barrier()
-    return final
+        checkpointer.start(policy, step, state)
+        path = checkpointer.wait()
+    finally:
+        checkpointer.close()
+    assert path is not None
+    return path
 
 
-def _refuse_if_any(runtime: Runtime, path: Path, error: str | None) -> None:
-    """Raise on every rank what any of them met. Collective."""
-    failed = [f"rank {rank}: {e}" for rank, e in enumerate(runtime.gather(error)) if e]
-    if failed:
-        raise CheckpointError(f"could not write {path}: {'; '.join(failed)}. Look at run.output_dir and its free space")
+def _describer(
+    policy: Policy, runtime: Runtime, step: int, score: float | None
+) -> Callable[[dict[str, int], dict[str, FileEntry]], Manifest]:
+    """What makes the manifest when the files are known."""
+    config: Config = policy.config
+
+    def describe(parts: dict[str, int], files: dict[str, FileEntry]) -> Manifest:
+        return Manifest(
+            step=step,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            layout=_layout(config, runtime),
+            model={
+                "type": str(getattr(policy.hf, "model_type", "")),
+                "dtype": config.model.dtype.value,
+                "path": str(policy.model_path),
+            },
+            versions={
+                "megatron-mapo": __version__,
+                "megatron-core": version("megatron-core"),
+                "torch": torch.__version__,
+            },
+            config_hash=xxhash.xxh3_128(to_yaml(config).encode()).hexdigest(),
+            score=score,
+            parts=parts,
+            files=dict(sorted(files.items())),
+        )
+
+    return describe
+
+
+def _layout(config: Config, runtime: Runtime) -> dict[str, int]:
+    parallel = config.actor.parallel
+    return {
+        "world_size": runtime.world_size,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "context": parallel.context,
+        "expert": parallel.expert,
+        "expert_tensor": parallel.expert_tensor,
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
 
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in one line. torch wraps it, with every rank's traceback, in a ``BaseException``."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, CheckpointError):
+        return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# ----------------------------------------------------------------------------------------------- load
+
+
+def verify(runtime: Runtime, path: Path, checksums: bool) -> None:
+    """Compare the files of a checkpoint with its manifest. Collective.
+
+    Args:
+        runtime: this rank.
+        path: the checkpoint.
+        checksums: also read all files and compare checksums, each rank its share of them; else only sizes.
+
+    Raises:
+        CheckpointError: names the damaged file and what to do; on all ranks.
+    """
+    problem = None
+    try:
+        manifest = checkpoint_files.read_manifest(path)
+        if manifest is None and runtime.is_main:
+            print(f"{path} has no manifest (an earlier version wrote it): its files are not verified", flush=True)
+        if manifest is not None:
+            checkpoint_files.check_sizes(path, manifest)
+        if manifest is not None and checksums:
+            share = sorted(manifest.files)[runtime.rank :: runtime.world_size]
+            problem = checkpoint_files.damaged(path, manifest, share)
+    except CheckpointError as error:
+        problem = str(error)
+    found = [text for text in runtime.gather(problem) if text]
+    if found:
+        raise CheckpointError(found[0])
 
 
 def load_model(chunks: list[PolicyModel], path: Path) -> None:
@@ -170,7 +413,5 @@ def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot resume from {path}: {_reason(error)}") from error
     policy.scheduler.load_state_dict(common["schedule"])
     if "rng" in state:
-        torch.set_rng_state(state["rng"]["torch"])
-        if "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], runtime.device)
+        _restore_rng(runtime, state["rng"])
     return common["loop"]

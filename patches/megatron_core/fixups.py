@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import multiprocessing
+import queue
 from collections.abc import Callable, Iterator
-from multiprocessing.managers import SyncManager
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from megatron_mapo import process_tree
 from megatron_mapo.patches.megatron_core import cpu_torch
 from megatron_mapo.patches.megatron_core.adam import FusedAdam
 from megatron_mapo.patches.megatron_core.import_hook import Fixup
@@ -84,17 +82,47 @@ def _optimizer_adam(module: ModuleType) -> None:
         module.USING_PYTORCH_OPTIMIZER = False
 
 
-def _write_queue_dies_with_us(module: ModuleType) -> None:
-    """Saving starts a helper process (a queue's manager) that outlives a trainer killed by SIGKILL."""
+def _write_queue_without_a_process(module: ModuleType) -> None:
+    """What was written is told through a queue; megatron starts a process for it, and threads need none."""
+    module._get_write_results_queue = queue.Queue
 
-    def queue() -> Any:
-        if module._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-            manager.start(process_tree.die_with_parent)
-            module._results_queue = manager.Queue()
-        return module._results_queue
 
-    module._get_write_results_queue = queue
+def _gathered_state_keeps_its_padding(module: ModuleType) -> None:
+    """Saving cuts parameters out of the gathered optimizer state by their place in the buffer, where every bucket ends
+    with padding; the gathered state has none. Behind the first padded bucket the wrong numbers were saved.
+    """
+    cls = module.DistributedOptimizer
+    gather, sharded = cls.get_parameter_state_dp_zero, cls.sharded_param_state_fully_reshardable
+
+    def gather_with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = gather(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers if state is not None else ()):
+            for tensors in state[index].values():
+                for key in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[key] = _with_bucket_padding(tensors[key], buffer)
+        return state
+
+    @functools.wraps(sharded)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.get_parameter_state_dp_zero = functools.partial(gather_with_padding, self)
+        try:
+            return sharded(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    cls.sharded_param_state_fully_reshardable = wrapped
+
+
+def _with_bucket_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """``flat`` (all buckets without the padding at their ends) with every bucket at its offset in the buffer."""
+    if len(buffer.buckets) == 1:
+        return flat
+    padded = torch.zeros(buffer.numel, dtype=flat.dtype)
+    start = 0
+    for bucket in buffer.buckets:
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = flat[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return padded
 
 
 def _no_transformer_engine_router(module: ModuleType) -> None:
@@ -142,8 +170,8 @@ def _uneven_parts(module: ModuleType) -> None:
 
 EVERYWHERE: dict[str, list[Fixup]] = {
     "megatron.core.optimizer": [_optimizer_adam],
-    "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam],
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": [_write_queue_dies_with_us],
+    "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam, _gathered_state_keeps_its_padding],
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": [_write_queue_without_a_process],
     "megatron.core.transformer.moe.moe_utils": [_no_transformer_engine_router],
 }
 CPU_ONLY: dict[str, list[Fixup]] = {

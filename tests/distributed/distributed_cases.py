@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from frozen_trainer import train_frozen as train_frozen  # a case like those below
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_mapo.algorithms.metrics import update_metrics
+from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import MapoError
@@ -272,6 +275,39 @@ def save_where_nothing_can_be_written(model: str, folder: str) -> list[str]:
         policy = Policy(config, ranks, config.model.path, 1)
         try:
             checkpoint.save(policy, ranks, Path(folder), 1, {}, keep=1)
+        except MapoError as error:
+            return [type(error).__name__, str(error)]
+    return ["", "nothing was raised"]
+
+
+def save_where_one_rank_has_no_room(model: str, folder: str) -> list[str]:
+    """Files of rank 1 end at 64 KiB, with an error like that of a full disk; training goes on until it shows."""
+    config = read_config(model, [])
+    with layout(config) as ranks:
+        policy = Policy(config, ranks, config.model.path, 4)
+        batch = SequenceBatch.from_responses([[1, 2]] * 2, [[3], [4]], group_ids=[0, 0])
+        columns = {"advantages": torch.tensor([1.0, -1.0]), "token_weight": torch.ones(2)}
+        if not ranks.is_main:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
+        checkpointer = checkpoint.Checkpointer(ranks, Path(folder), Retention(last=1))
+        try:
+            checkpointer.start(policy, 1, {})
+            for _ in range(200):
+                policy.update(batch, columns)
+                checkpointer.poll()
+        except MapoError as error:
+            return [type(error).__name__, str(error)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return ["", "nothing was raised"]
+
+
+def verify_checkpoint(model: str, path: str) -> list[str]:
+    """Type and message of what this rank says about a checkpoint's files."""
+    config = read_config(model, [])
+    with layout(config) as ranks:
+        try:
+            checkpoint.verify(ranks, Path(path), checksums=True)
         except MapoError as error:
             return [type(error).__name__, str(error)]
     return ["", "nothing was raised"]

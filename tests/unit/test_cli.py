@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import xxhash
 from tiny_models import make_tiny_model
 
-from megatron_mapo import __version__
+from megatron_mapo import __version__, checkpoint_files
+from megatron_mapo.checkpoint_files import Manifest
 from megatron_mapo.config import describe_options
 from megatron_mapo.errors import CheckpointError, ConfigError, DataError
 
@@ -184,6 +186,69 @@ class TestRunFolder:
         table = [line.split() for line in result.stdout.splitlines()]
         assert ["reward/mean", "0.5", "2"] in table
         assert ["loss/total", "-0.125", "2"] in table
+
+    @staticmethod
+    def save_checkpoint(run_dir: Path, step: int) -> Path:
+        """A complete checkpoint with little in it, and the run's ``config.yaml``."""
+        text = "run:\n  name: tiny\n"
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "config.yaml").write_text(text)
+        partial = checkpoint_files.partial_folder(run_dir / "checkpoints", step)
+        partial.mkdir(parents=True)
+        (partial / "__0_0.distcp").write_bytes(bytes(3 << 20))
+        manifest = Manifest(
+            step=step,
+            created="2025-01-02T03:04:05+00:00",
+            layout={"world_size": 4, "tensor": 2, "pipeline": 1, "data": 2},
+            model={"type": "qwen3", "dtype": "bfloat16", "path": "models/q"},
+            versions={"megatron-mapo": "0.1.0", "torch": "2.13.0"},
+            config_hash=xxhash.xxh3_128_hexdigest(text.encode()),
+            score=0.625,
+            parts={"weights": 1 << 20, "optimizer": 2 << 20, "other": 0},
+            files={"__0_0.distcp": checkpoint_files.hash_file(partial / "__0_0.distcp")},
+        )
+        checkpoint_files.write_manifest(partial, manifest)
+        return checkpoint_files.publish(partial)
+
+    @pytest.mark.parametrize("single", [True, False])
+    def test_inspect_shows_what_a_checkpoint_holds(self, tmp_path: Path, single: bool) -> None:
+        path = self.save_checkpoint(tmp_path / "tiny", 7)
+        result = run("inspect", str(path if single else tmp_path / "tiny"), "--verify")
+        assert result.returncode == 0, result.stderr
+        lines = result.stdout.splitlines()
+        for line in (
+            f"checkpoint: step 7, 3.0 MiB, {path} (latest)",
+            "  layout     4 ranks: tensor 2 x pipeline 1 x data 2",
+            "  model      qwen3, bfloat16, models/q",
+            "  sizes      weights 1.0 MiB, optimizer 2.0 MiB, other 0.0 MiB",
+            "  written    2025-01-02T03:04:05+00:00 by megatron-mapo 0.1.0, torch 2.13.0",
+            "  score      0.625",
+            "  integrity  sizes and checksums of 1 files as they were written",
+        ):
+            assert line in lines
+        assert any(line.startswith("  config     ") and "(as config.yaml is now)" in line for line in lines)
+        assert ("name: tiny" in result.stdout) is not single
+
+    def test_inspect_finds_damage(self, tmp_path: Path) -> None:
+        self.save_checkpoint(tmp_path, 7)
+        path = self.save_checkpoint(tmp_path, 8)
+        (path / "__0_0.distcp").write_bytes(b"\1" + bytes((3 << 20) - 1))
+        (tmp_path / "config.yaml").write_text("run:\n  name: other\n")
+        result = run("inspect", str(tmp_path))
+        assert result.returncode == 0, "sizes are right"
+        assert "(not as config.yaml is now)" in result.stdout
+        result = run("inspect", str(tmp_path), "--verify")
+        assert result.returncode == CheckpointError.exit_code
+        assert result.stdout.count("as they were written") == 1
+        assert "DAMAGED" in result.stdout
+        assert f"{path}/__0_0.distcp is damaged" in result.stderr
+
+    def test_inspect_does_not_import_torch(self, tmp_path: Path) -> None:
+        path = self.save_checkpoint(tmp_path, 7)
+        code = f"import sys; from megatron_mapo.cli import main; main(['inspect', {str(path)!r}, '--verify'])"
+        code += "; print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert done.stdout.splitlines()[-1] == "False", done.stderr
 
     def test_inspect_of_a_run_that_has_just_begun(self, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text("run:\n  name: tiny\n")

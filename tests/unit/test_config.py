@@ -200,6 +200,8 @@ class TestContradictions:
             (["rollout.server.port=65535", "rollout.server.count=2"], ["rollout.server.port", "rollout.server.count"]),
             (["rollout.sync.disk_dir=x"], ["rollout.sync.disk_dir", "rollout.sync.mode"]),
             (["trainer.evaluation.interval=5"], ["trainer.evaluation.interval", "data.eval"]),
+            (["trainer.keep_best=true"], ["trainer.keep_best", "data.eval"]),
+            (["run.resume_step=3", "run.resume=never"], ["run.resume_step", "run.resume=never"]),
             (["data.options.size=3"], ["data.options", "reasoning_gym"]),
         ],
     )

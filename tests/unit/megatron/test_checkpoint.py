@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import make_tiny_model
 from torch import Tensor
 
+from megatron_mapo import checkpoint_files
+from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, Dtype, LossAggregation, LRSchedule
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron import checkpoint
+from megatron_mapo.megatron.checkpoint import Checkpointer
 from megatron_mapo.megatron.policy import Policy, build_model, token_weights
 from megatron_mapo.megatron.runtime import Runtime
 
@@ -24,17 +32,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
 
 
-def make_policy(runtime: Runtime, model: Path, dtype: Dtype = Dtype.float32) -> Policy:
+def make_policy(
+    runtime: Runtime, model: Path, dtype: Dtype = Dtype.float32, distributed_optimizer: bool = True
+) -> Policy:
     config = Config()
     config.model.dtype = dtype
     config.actor.optim.lr = 1e-2
     config.actor.optim.schedule = LRSchedule.linear
     config.actor.optim.warmup_steps = 2
+    config.actor.optim.distributed = distributed_optimizer
     return Policy(config, runtime, model, total_updates=6)
 
 
 def trained_policy(runtime: Runtime, model: Path) -> Policy:
-    """After one update: before it the optimizer has no state to save."""
+    """After one update."""
     policy = make_policy(runtime, model)
     train(policy, 1)
     return policy
@@ -72,6 +83,146 @@ def test_resuming_goes_on_bit_by_bit(runtime: Runtime, model: Path, tmp_path: Pa
         assert torch.equal(a, b)
 
 
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+class SlowWriter:
+    """The real writer, which waits until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        real = checkpoint.write
+
+        def write(*arguments: Any) -> Any:
+            assert self.go.wait(timeout=60)
+            return real(*arguments)
+
+        monkeypatch.setattr(checkpoint, "write", write)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_training_goes_on_while_the_state_of_the_start_is_written(
+    runtime: Runtime, model: Path, tmp_path: Path, dtype: Dtype, distributed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(runtime, model, dtype, distributed)
+    train(policy, 1)
+    writer = SlowWriter(monkeypatch)
+    checkpointer = Checkpointer(runtime, tmp_path, Retention(last=2))
+    checkpointer.start(policy, 1, {"step": 1})
+    expected = train(policy, 3)
+    assert checkpointer.poll() is None
+    assert checkpoint_files.complete_checkpoints(tmp_path) == []
+    writer.go.set()
+    path = checkpointer.wait()
+    assert path == tmp_path / "step_000001"
+    assert checkpointer.poll() is None
+    assert checkpointer.wait() is None
+    checkpointer.close()
+
+    fresh = make_policy(runtime, model, dtype, distributed)
+    assert checkpoint.load(fresh, runtime, path) == {"step": 1}
+    assert_equal(train(fresh, 3), expected)
+
+
+def test_poll_finishes_what_has_been_written(runtime: Runtime, model: Path, tmp_path: Path) -> None:
+    checkpointer = Checkpointer(runtime, tmp_path, Retention(last=1))
+    policy = trained_policy(runtime, model)
+    for step in (1, 2):
+        checkpointer.start(policy, step, {})
+        deadline = time.monotonic() + 60
+        while (path := checkpointer.poll()) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert checkpoint_files.complete_checkpoints(tmp_path) == [(step, path)]
+        assert checkpoint_files.read_pointer(tmp_path, "latest") == path.name
+    checkpointer.close()
+
+
+def test_the_next_save_waits_for_the_one_before(runtime: Runtime, model: Path, tmp_path: Path) -> None:
+    checkpointer = Checkpointer(runtime, tmp_path, Retention(last=1, best=True))
+    policy = trained_policy(runtime, model)
+    for step, score in ((1, 0.5), (2, None), (3, 0.25)):
+        checkpointer.start(policy, step, {}, score)
+        assert not list(tmp_path.glob(f"step_{step - 1:06d}.partial"))
+    checkpointer.wait()
+    checkpointer.close()
+    assert [step for step, _ in checkpoint_files.complete_checkpoints(tmp_path)] == [1, 3]
+    assert checkpoint_files.read_pointer(tmp_path, "best") == "step_000001"
+
+
+def test_a_checkpoint_that_is_given_up(
+    runtime: Runtime, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SlowWriter(monkeypatch)
+    checkpointer = Checkpointer(runtime, tmp_path, Retention(last=1))
+    checkpointer.start(trained_policy(runtime, model), 1, {})
+    threading.Timer(0.2, writer.go.set).start()
+    checkpointer.close()
+    assert checkpoint_files.complete_checkpoints(tmp_path) == []
+    assert len(checkpoint_files.recover(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_before_the_first_update(runtime: Runtime, model: Path, tmp_path: Path, distributed: bool) -> None:
+    policy = make_policy(runtime, model, distributed_optimizer=distributed)
+    path = checkpoint.save(policy, runtime, tmp_path, 0, {}, keep=1)
+    fresh = make_policy(runtime, model, distributed_optimizer=distributed)
+    checkpoint.load(fresh, runtime, path)
+    expected = train(make_policy(runtime, model, distributed_optimizer=distributed), 3)
+    assert_equal(train(policy, 3), expected)
+    assert_equal(train(fresh, 3), expected)
+
+
+def test_the_manifest_says_what_was_saved(runtime: Runtime, model: Path, tmp_path: Path) -> None:
+    policy = trained_policy(runtime, model)
+    path = checkpoint.save(policy, runtime, tmp_path, 4, {}, keep=1)
+    manifest = checkpoint_files.verify(path)
+    assert manifest is not None
+    numbers = sum(p.numel() for p in policy.chunks[0].parameters())
+    assert manifest.parts["weights"] == 4 * numbers
+    assert manifest.parts["optimizer"] == 3 * 4 * numbers, "master weights and two moments"
+    assert manifest.parts["other"] > 0
+    assert manifest.step == 4
+    assert manifest.layout == {
+        **{"world_size": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "expert": 1, "data": 1}
+    }
+    assert manifest.model == {"type": "llama", "dtype": "float32", "path": str(model)}
+    assert {file.name for file in path.iterdir()} == {*manifest.files, "manifest.json"}
+
+
+def test_too_little_space_is_known_before_anything_is_written(
+    runtime: Runtime, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = trained_policy(runtime, model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(CheckpointError, match=r"0.00 GiB free and the checkpoint needs 0.06 GiB.*trainer.keep_checkpo"):
+        checkpoint.save(policy, runtime, tmp_path, 4, {}, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification(runtime: Runtime, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint.save(trained_policy(runtime, model), runtime, tmp_path, 4, {}, keep=1)
+    weights = max(path.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    checkpoint.verify(runtime, path, checksums=False)
+    with pytest.raises(CheckpointError, match=rf"{weights.name} is damaged: its checksum"):
+        checkpoint.verify(runtime, path, checksums=True)
+    weights.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=rf"{weights.name} is damaged: it has"):
+        checkpoint.verify(runtime, path, checksums=False)
+    assert capsys.readouterr().out == ""
+    (path / "manifest.json").unlink()
+    checkpoint.verify(runtime, path, checksums=True)
+    assert "has no manifest" in capsys.readouterr().out
+
+
 def test_only_the_weights(runtime: Runtime, model: Path, tmp_path: Path) -> None:
     policy = make_policy(runtime, model)
     train(policy, 2)
@@ -93,12 +244,12 @@ def test_old_checkpoints_are_removed_and_partial_ones_never_listed(
     (tmp_path / "step_000008").write_text("a file")
     for step in (5, 20, 1000000):
         checkpoint.save(policy, runtime, tmp_path, step, {}, keep=2)
-    assert checkpoint.checkpoints(tmp_path) == [
+    assert checkpoint_files.complete_checkpoints(tmp_path) == [
         (20, tmp_path / "step_000020"),
         (1000000, tmp_path / "step_1000000"),
     ]
     assert (tmp_path / "step_000009.partial").is_dir(), "what is not a checkpoint is not touched"
-    assert checkpoint.checkpoints(tmp_path / "nowhere") == []
+    assert checkpoint_files.complete_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_a_partial_folder_of_a_killed_run_is_written_anew(runtime: Runtime, model: Path, tmp_path: Path) -> None:
@@ -164,7 +315,7 @@ def main():
     policy = Policy(Config(), ranks, sys.argv[1], 1)
     batch = SequenceBatch.from_responses([[1]], [[2]])
     policy.update(batch, {"advantages": torch.ones(1), "token_weight": torch.ones(1)})
-    # Files end at 64 KiB, with an error like that of a full disk; the helper processes inherit the limit.
+    # Files end at 64 KiB, with an error like that of a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
     try:
         checkpoint.save(policy, ranks, Path(sys.argv[2]), 1, {}, 1)
@@ -185,4 +336,5 @@ def test_a_full_disk_leaves_no_checkpoint(model: Path, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "refused: could not write" in result.stdout
-    assert checkpoint.checkpoints(out) == []
+    assert "File too large" in result.stdout
+    assert list(out.iterdir()) == []

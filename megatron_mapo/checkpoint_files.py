@@ -1,0 +1,358 @@
+"""Checkpoints as files: names, manifest, integrity, pointers, retention. No torch, so that tools answer at once.
+
+========================  ======================================================================
+``step_000012/``          complete: its ``manifest.json`` was written last, then it got this name
+``step_000014.partial/``  being written, or left behind by a run that was killed
+``step_000010.removed/``  being deleted
+``step_000016.aside/``    newer than the checkpoint that ``run.resume_step`` chose
+``latest``, ``best``      text files that hold a folder's name, replaced atomically
+========================  ======================================================================
+
+A run can be killed between any two operations. ``recover`` brings the folder back in order: a partial folder with a
+manifest is complete and gets its name, every other one is deleted, and ``latest`` is set anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+from megatron_mapo.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+LATEST, BEST = "latest", "best"
+_FORMAT = 1
+_NAME = re.compile(r"step_(\d{6,})")
+_HASH_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and XXH3 (128 bit, hexadecimal) of one file of a checkpoint."""
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` says about its checkpoint.
+
+    Attributes:
+        step: finished steps.
+        created: when it was finished, ISO 8601, UTC.
+        layout: ``world_size`` and the sizes of ``tensor``, ``pipeline``, ``context``, ``expert`` and ``data``
+            parallelism of the ranks that wrote it. It can be read in any other.
+        model: ``type`` (of the Hugging Face config), ``dtype`` and ``path``.
+        versions: of the packages that wrote it.
+        config_hash: XXH3 of the configuration as YAML.
+        score: the evaluation at this step, by ``trainer.best_metric``; None if there was none.
+        parts: bytes of ``weights``, ``optimizer`` and ``other``.
+        files: every file but the manifest, by its name.
+    """
+
+    step: int
+    created: str
+    layout: dict[str, int]
+    model: dict[str, str]
+    versions: dict[str, str]
+    config_hash: str
+    score: float | None
+    parts: dict[str, int]
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which complete checkpoints stay.
+
+    Attributes:
+        last: this many of the newest.
+        every: those of steps that this divides, for good; 0: none.
+        best: the one with the highest score, too.
+    """
+
+    last: int
+    every: int = 0
+    best: bool = False
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is while it is written."""
+    return folder / f"step_{step:06d}.partial"
+
+
+def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a run, oldest first, as (step, path)."""
+    found = []
+    for path in folder.glob("step_*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def choose(folder: Path, step: int | None) -> tuple[int, Path] | None:
+    """The checkpoint of ``step``, by default the newest; None if there is none and none was asked for.
+
+    Raises:
+        CheckpointError: there is no checkpoint of ``step``.
+    """
+    saved = complete_checkpoints(folder)
+    if step is None:
+        return saved[-1] if saved else None
+    for found in saved:
+        if found[0] == step:
+            return found
+    there = ", ".join(str(found) for found, _ in saved) or "none"
+    raise CheckpointError(f"{folder} has no checkpoint of step {step}; there are: {there}")
+
+
+# ------------------------------------------------------------------------------------------- manifest
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None if it has none (versions before manifests wrote it).
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+    """
+    file = path / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if tree.pop("format") != _FORMAT:
+            raise CheckpointError(f"{file} was written by another version of megatron-mapo; use that version")
+        files = {name: FileEntry(**entry) for name, entry in tree.pop("files").items()}
+        return Manifest(files=files, **tree)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). {_what_to_do(path)}") from error
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``, durably. Whoever sees it sees a complete checkpoint."""
+    _write_durably(path / MANIFEST, json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1) + "\n")
+
+
+def hash_file(file: Path) -> FileEntry:
+    """Read a file for its size and checksum."""
+    digest, size = xxhash.xxh3_128(), 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(size, digest.hexdigest())
+
+
+def check_sizes(path: Path, manifest: Manifest) -> None:
+    """Every file is there with the size that the manifest says.
+
+    Raises:
+        CheckpointError: names the first file that is not, and what to do.
+    """
+    for name, entry in manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{path / name} is missing. {_what_to_do(path)}") from None
+        if size != entry.size:
+            raise CheckpointError(
+                f"{path / name} is damaged: it has {size} bytes, {entry.size} were written. {_what_to_do(path)}"
+            )
+
+
+def damaged(path: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
+    """Read the files ``names`` and compare checksums: what is wrong with the first bad one, or None."""
+    for name in names:
+        try:
+            found = hash_file(path / name)
+        except OSError as error:
+            return f"{path / name} cannot be read ({error.strerror}). {_what_to_do(path)}"
+        if found != manifest.files[name]:
+            return f"{path / name} is damaged: its checksum is not the one that was written. {_what_to_do(path)}"
+    return None
+
+
+def verify(path: Path) -> Manifest | None:
+    """Compare sizes and checksums of all files; returns the manifest, None if there is none to compare with.
+
+    Raises:
+        CheckpointError: names the damaged file, and what to do.
+    """
+    manifest = read_manifest(path)
+    if manifest is not None:
+        check_sizes(path, manifest)
+        problem = damaged(path, manifest, manifest.files)
+        if problem:
+            raise CheckpointError(problem)
+    return manifest
+
+
+def _what_to_do(path: Path) -> str:
+    others = [str(step) for step, other in complete_checkpoints(path.parent) if other != path]
+    older = f"choose another with run.resume_step (there are: {', '.join(others)}), or " if others else ""
+    return f"To go on without this checkpoint, {older}remove the folder {path}"
+
+
+# ------------------------------------------------------------------------------------- disk and names
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: where the bytes go; exists.
+        needed: bytes.
+
+    Raises:
+        CheckpointError: names the keys to change, and the needed and the free space.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder} has {free / 2**30:.2f} GiB free and the checkpoint needs {needed / 2**30:.2f} GiB: free some "
+            "space, choose another run.output_dir, or keep fewer with trainer.keep_checkpoints, trainer.keep_every"
+        )
+
+
+def publish(partial: Path) -> Path:
+    """Give a complete folder its name, and point ``latest`` at it."""
+    final = partial.with_suffix("")
+    remove(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+    _point(final.parent, LATEST, final.name)
+    return final
+
+
+def discard(partial: Path) -> None:
+    """Delete what was being written."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, if it is there. At no moment is a half-deleted one under the name of a complete one."""
+    if path.is_dir():
+        doomed = path.with_suffix(".removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def retain(folder: Path, retention: Retention) -> None:
+    """Delete the complete checkpoints that need not stay, oldest first, and point ``best`` at the best one."""
+    saved = complete_checkpoints(folder)
+    keep = {step for step, _ in saved[-retention.last :]}
+    if retention.every:
+        keep |= {step for step, _ in saved if step % retention.every == 0}
+    best = _best(saved) if retention.best else None
+    if best is not None:
+        keep.add(best[0])
+        _point(folder, BEST, best[1].name)
+    else:
+        (folder / BEST).unlink(missing_ok=True)
+    for step, path in saved:
+        if step not in keep:
+            remove(path)
+
+
+def _best(saved: list[tuple[int, Path]]) -> tuple[int, Path] | None:
+    """The checkpoint with the highest score, the earliest of equal ones."""
+    found: tuple[float, int, Path] | None = None
+    for step, path in saved:
+        manifest = read_manifest(path)
+        score = None if manifest is None else manifest.score
+        if score is not None and not math.isnan(score) and (found is None or score > found[0]):
+            found = (score, step, path)
+    return None if found is None else found[1:]
+
+
+def recover(folder: Path) -> list[str]:
+    """Bring the folder of a killed run in order. Nobody else may be writing to it.
+
+    Returns:
+        what was done, a line each.
+    """
+    done = []
+    for path in sorted(folder.glob("step_*.removed")):
+        shutil.rmtree(path)
+        done.append(f"finished the removal of {path.with_suffix('')}")
+    for path in sorted(folder.glob("step_*.partial")):
+        if not _NAME.fullmatch(path.stem):
+            continue
+        if (path / MANIFEST).exists():
+            done.append(f"{publish(path)} was complete but for its name")
+        else:
+            shutil.rmtree(path)
+            done.append(f"removed {path}, which a killed run had not finished")
+    saved = complete_checkpoints(folder)
+    if saved and read_pointer(folder, LATEST) != saved[-1][1].name:
+        _point(folder, LATEST, saved[-1][1].name)
+    return done
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Take checkpoints after ``step`` out of the way: the run goes on from ``step`` and will write them anew.
+
+    Returns:
+        where they are now.
+    """
+    moved = []
+    for newer, path in complete_checkpoints(folder):
+        if newer > step:
+            aside = path.with_suffix(".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    if moved:
+        _point(folder, LATEST, f"step_{step:06d}")
+    return moved
+
+
+def read_pointer(folder: Path, name: str) -> str | None:
+    """What ``latest`` or ``best`` names; None if there is no such file."""
+    try:
+        return (folder / name).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+
+
+def sync_file(file: Path) -> None:
+    """Wait until a file's contents are on the disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network filesystems do not know this for folders; their renames are durable by themselves.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(folder: Path, name: str, target: str) -> None:
+    _write_durably(folder / name, target + "\n")
+
+
+def _write_durably(file: Path, text: str) -> None:
+    """Replace a file: a reader, and a machine that loses power, see the old or the new text, nothing between."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+    sync_folder(file.parent)

@@ -1,0 +1,228 @@
+"""Whole runs of the real trainer, without servers: killed, resumed, damaged, and still the same bits in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Launcher, RankFailed
+from safetensors.torch import load_file
+from tiny_models import make_tiny_model
+
+from megatron_mapo import checkpoint_files
+
+KILLS = 20
+STEPS = 120
+PATIENCE = 60.0
+VARIES = ("time", "seconds", "speed", "memory")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kill")
+    make_tiny_model(folder / "model", hidden_size=128, intermediate_size=512)
+    rows = [{"question": f"What is {a} plus {a * 7 % 5}?", "answer": str(a + a * 7 % 5)} for a in range(23)]
+    for name in ("train.jsonl", "heldout.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(
+        f"""
+run: {{output_dir: {folder / "runs"}}}
+model: {{path: {folder / "model"}, dtype: float32}}
+data: {{train: train.jsonl, eval: heldout.jsonl}}
+actor: {{optim: {{lr: 1.0e-3, schedule: cosine, warmup_steps: 10}}, microbatch_tokens: 512}}
+rollout: {{prompts_per_step: 3, responses_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 12}}
+trainer:
+  steps: {STEPS}
+  save_interval: 3
+  keep_every: 30
+  keep_best: true
+  export: true
+  threads: 1
+  evaluation: {{interval: 6, samples: 0}}
+tracking: {{plots: false, tensorboard: false, progress: false}}
+"""
+    )
+    return folder
+
+
+class Life:
+    """One start of the run, in a thread of this process."""
+
+    def __init__(self, launcher: Launcher, workspace: Path, name: str, *options: str, ranks: int = 2) -> None:
+        self.pids = workspace / f"pids-{time.monotonic_ns()}"
+        self.pids.mkdir()
+        arguments = {"config": str(workspace / "config.yaml"), "overrides": [f"run.name={name}", *options]}
+        self.error: RankFailed | None = None
+        arguments["pids"] = str(self.pids)
+        self._thread = threading.Thread(target=self._run, args=(launcher, ranks, arguments))
+        self._thread.start()
+
+    def _run(self, launcher: Launcher, ranks: int, arguments: dict[str, Any]) -> None:
+        try:
+            launcher.run(ranks, "train_frozen", arguments, timeout=200)
+        except RankFailed as error:
+            self.error = error
+
+    @property
+    def over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """SIGKILL to both ranks, one right after the other."""
+        for file in (self.pids / "0", self.pids / "1"):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+    def end(self) -> None:
+        """Wait until it is over."""
+        self._thread.join(timeout=240)
+        assert self.over
+
+
+def wait_until(happens: Callable[[], bool], life: Life) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happens():
+        assert not life.over, f"the run ended before it could be killed: {life.error}"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def steps_logged(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def moment(kind: str, run: Path, chance: random.Random) -> Callable[[Life], None]:
+    """Waits for the moment to kill: while starting, while training, or at a certain point of a save."""
+    checkpoints = run / "checkpoints"
+
+    def wait(life: Life) -> None:
+        wait_until(lambda: (life.pids / "0").exists() and (life.pids / "1").exists(), life)
+        if kind == "start":
+            time.sleep(chance.uniform(0.0, 1.0))
+            return
+        before = {p.name for p in checkpoints.glob("*")}
+        start = time.time()
+        wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_mtime > start, life)
+        if kind == "training":
+            until = steps_logged(run) + chance.randint(1, 5)
+            wait_until(lambda: steps_logged(run) >= until, life)
+            time.sleep(chance.uniform(0.0, 0.1))
+        elif kind == "partial":
+            wait_until(lambda: any(p.name not in before for p in checkpoints.glob("*.partial")), life)
+            time.sleep(chance.uniform(0.0, 0.03))
+        elif kind == "manifest":
+            wait_until(lambda: any(checkpoints.glob("*.partial/manifest.json")), life)
+        elif kind == "name":
+            wait_until(lambda: any(p.suffix == "" and p.name not in before for p in checkpoints.glob("step_*")), life)
+
+    return wait
+
+
+def table(file: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(VARIES)} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_with_the_same_bits(launcher: Launcher, workspace: Path) -> None:
+    straight, killed = workspace / "runs/straight", workspace / "runs/killed"
+    life = Life(launcher, workspace, "straight")
+    life.end()
+    assert life.error is None, life.error
+
+    chance = random.Random(0)
+    kinds = ["training"] * 9 + ["start"] * 3 + ["partial"] * 5 + ["manifest"] * 2 + ["name"]
+    assert len(kinds) == KILLS
+    chance.shuffle(kinds)
+    newest = 0
+    for kind in kinds:
+        life = Life(launcher, workspace, "killed")
+        moment(kind, killed, chance)(life)
+        life.kill()
+        life.end()
+        assert life.error is not None
+        saved = checkpoint_files.complete_checkpoints(killed / "checkpoints")
+        reached = saved[-1][0] if saved else 0
+        assert reached >= newest, "a complete checkpoint is gone"
+        for _, path in saved:
+            assert checkpoint_files.verify(path) is not None, "a folder under its final name is complete"
+        newest = reached
+    assert 0 < newest < STEPS
+    life = Life(launcher, workspace, "killed")
+    life.end()
+    assert life.error is None, life.error
+    assert_same(straight, killed)
+    assert [row["step"] for row in table(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def assert_same(straight: Path, killed: Path) -> None:
+    """Weights, optimizer, everything that was logged, and which checkpoints stayed."""
+    here, there = load_file(killed / "export/model.safetensors"), load_file(straight / "export/model.safetensors")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+        assert table(killed / name) == table(straight / name)
+    ours = checkpoint_files.complete_checkpoints(killed / "checkpoints")
+    assert [s for s, _ in ours] == [s for s, _ in checkpoint_files.complete_checkpoints(straight / "checkpoints")]
+    for pointer in ("latest", "best"):
+        found = checkpoint_files.read_pointer(killed / "checkpoints", pointer)
+        assert found is not None
+        assert found == checkpoint_files.read_pointer(straight / "checkpoints", pointer)
+    assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == sorted(
+        p.name for p in (straight / "checkpoints").iterdir()
+    ), "nothing is left behind"
+    for _, path in ours:
+        mine, undisturbed = (
+            checkpoint_files.read_manifest(p / path.name) for p in (killed / "checkpoints", straight / "checkpoints")
+        )
+        assert mine is not None
+        assert undisturbed is not None
+        tensors = [name for name in undisturbed.files if name.endswith(".distcp")]
+        assert tensors
+        assert all(mine.files[name] == undisturbed.files[name] for name in tensors)
+
+
+def whole(launcher: Launcher, workspace: Path, name: str, *options: str) -> Path:
+    """A short run to its end, with one rank."""
+    short = ("trainer.steps=6", "trainer.save_interval=1", "trainer.evaluation.interval=2", "trainer.keep_every=2")
+    life = Life(launcher, workspace, name, *short, *options, ranks=1)
+    life.end()
+    if life.error is not None:
+        raise life.error
+    return workspace / "runs" / name
+
+
+def test_a_run_resumes_from_the_step_that_was_asked_for(launcher: Launcher, workspace: Path) -> None:
+    straight = whole(launcher, workspace, "short")
+    again = whole(launcher, workspace, "again", "trainer.async_save=false")
+    assert_same(straight, again)
+    evaluations = table(straight / "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 4, 6]
+    best = max(evaluations[1:], key=lambda row: row["greedy_accuracy"])
+    assert checkpoint_files.read_pointer(straight / "checkpoints", "best") == f"step_{best['step']:06d}"
+
+    newest = again / "checkpoints" / "step_000006"
+    weights = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RankFailed, match=r"is damaged: its checksum .* run.resume_step \(there are: 2, 4, 5\)"):
+        whole(launcher, workspace, "again")
+    with pytest.raises(RankFailed, match="no checkpoint of step 3; there are: 2, 4, 5, 6"):
+        whole(launcher, workspace, "again", "run.resume_step=3")
+    whole(launcher, workspace, "again", "run.resume_step=2")
+    aside = sorted((again / "checkpoints").glob("*.aside"))
+    assert [path.name for path in aside] == ["step_000004.aside", "step_000005.aside", "step_000006.aside"]
+    for path in aside:
+        shutil.rmtree(path)
+    assert_same(straight, again)
