@@ -388,6 +388,34 @@ def load_model(chunks: list[PolicyModel], path: Path) -> None:
         raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
 
 
+def _fit_parts(policy: Policy, state: dict[Any, Any]) -> dict[Any, Any]:
+    """Give what was saved by one optimizer to two, or the other way round.
+
+    With expert parallelism megatron has an optimizer for the experts beside that for all else. The tensors are
+    found by their names; the rest (the step count, the groups' settings) is the same in both.
+    """
+    parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    saved = [state] if "optimizer" in state else [state[i] for i in sorted(k for k in state if isinstance(k, int))]
+    saved = [part for part in saved if "optimizer" in part]
+    if len(saved) == len(parts):
+        return state
+    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    fitted = {}
+    for i, part in enumerate(parts):
+        mine = part.optimizer.state_dict()["param_groups"]
+        common = {key: value for key, value in saved[0].items() if key != "param_state" and not isinstance(key, int)}
+        common["optimizer"] = {**common["optimizer"], "param_groups": [_settings_of(group, groups) for group in mine]}
+        fitted[i] = common | {"param_state": (state if len(parts) == 1 else state[i])["param_state"]}
+    return fitted if len(parts) > 1 else fitted[0]
+
+
+def _settings_of(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """Those of a saved group with the same factors on rate and decay, for ``group``."""
+    factors = ("wd_mult", "lr_mult", "is_decoupled_lr")
+    same = next(s for s in saved if all(s.get(key) == group.get(key) for key in factors))
+    return {**same, "is_expert_parallel": group["is_expert_parallel"]}
+
+
 def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
     """Bring model, optimizer, schedule and RNG back from ``path``. Collective.
 
@@ -408,7 +436,7 @@ def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
         with torch.no_grad():
             state = dist_checkpointing.load(contents, str(path))
             _load_chunks(policy.chunks, state["model"])
-            policy.optimizer.load_state_dict(state["optimizer"])
+            policy.optimizer.load_state_dict(_fit_parts(policy, state["optimizer"]))
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot resume from {path}: {_reason(error)}") from error
     policy.scheduler.load_state_dict(common["schedule"])

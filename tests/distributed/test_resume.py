@@ -12,20 +12,36 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 TP, PP, CP = "actor.parallel.tensor=2", "actor.parallel.pipeline=2", "actor.parallel.context=2"
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "one": (1, []),
-    "dp2": (2, []),
-    "tp2": (2, [TP]),
-    "pp2": (2, [PP]),
-    "cp2": (2, [CP]),
-    "tp2xpp2": (4, [TP, PP]),
+SP, EP, VPP = "actor.parallel.sequence=true", "actor.parallel.expert=2", "actor.parallel.virtual_pipeline=2"
+LORA = "actor.lora.rank=4"
+LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
+    "one": ("llama", 1, []),
+    "dp2": ("llama", 2, []),
+    "tp2": ("llama", 2, [TP]),
+    "pp2": ("llama", 2, [PP]),
+    "cp2": ("llama", 2, [CP]),
+    "tp2xpp2": ("llama", 4, [TP, PP]),
+    "deep": ("deep", 1, []),
+    "deep_tp2": ("deep", 2, [TP]),
+    "deep_vpp2": ("deep", 2, [PP, VPP]),
+    "experts": ("qwen3_moe", 1, []),
+    "experts_ep2": ("qwen3_moe", 2, [EP]),
+    "experts_tp2xep2": ("qwen3_moe", 2, [TP, SP, EP]),
+    "experts_ep2xpp2": ("qwen3_moe", 4, [EP, PP]),
+    "lora": ("llama_untied", 1, [LORA]),
+    "lora_tp2": ("llama_untied", 2, [LORA, TP]),
+    "lora_pp2": ("llama_untied", 2, [LORA, PP]),
 }
-"""Number of ranks, and options."""
+"""Model, number of ranks, options."""
 ELSEWHERE = [
     *(("one", "tp2"), ("one", "pp2"), ("one", "dp2"), ("one", "cp2"), ("one", "tp2xpp2")),
     *(("tp2", "one"), ("cp2", "one"), ("tp2xpp2", "one")),
     *(("tp2", "pp2"), ("pp2", "tp2"), ("dp2", "tp2"), ("tp2", "dp2"), ("pp2", "dp2"), ("dp2", "pp2"), ("cp2", "tp2")),
     *(("dp2", "tp2xpp2"), ("tp2xpp2", "cp2")),
+    *(("deep", "deep_vpp2"), ("deep_vpp2", "deep"), ("deep_vpp2", "deep_tp2"), ("deep_tp2", "deep_vpp2")),
+    *(("experts", "experts_ep2"), ("experts_ep2", "experts"), ("experts_ep2", "experts_tp2xep2")),
+    *(("experts_tp2xep2", "experts_ep2xpp2"), ("experts_ep2xpp2", "experts_ep2")),
+    *(("lora", "lora_tp2"), ("lora_tp2", "lora_pp2"), ("lora_pp2", "lora")),
 ]
 """From, to."""
 
@@ -38,14 +54,14 @@ def _case(model: str, options: list[str], **more: Any) -> dict[str, Any]:
 def resumed(launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """What each layout went on with (``FROM-TO``), and what the undisturbed runs did (``FROM``)."""
     out = tmp_path_factory.mktemp("resumed")
-    for name, (ranks, options) in LAYOUTS.items():
+    for name, (model, ranks, options) in LAYOUTS.items():
         where = {"folder": str(frozen), "checkpoints": str(out / name), "out": str(out / f"{name}.safetensors")}
-        launcher.run(ranks, "save_and_continue", {"case": _case("llama", options)} | where)
+        launcher.run(ranks, "save_and_continue", {"case": _case(model, options)} | where)
     for world in (1, 2, 4):
         cases = {
-            f"{start}-{end}": _case("llama", LAYOUTS[end][1], checkpoint=str(out / start / "step_000002"))
+            f"{start}-{end}": _case(LAYOUTS[end][0], LAYOUTS[end][2], checkpoint=str(out / start / "step_000002"))
             for start, end in [*ELSEWHERE, *((name, name) for name in LAYOUTS)]
-            if LAYOUTS[end][0] == world
+            if LAYOUTS[end][1] == world
         }
         states = launcher.run(world, "resume", {"cases": cases, "folder": str(frozen), "out": str(out)})
         assert all(state == {"cursor": [1, 2]} for rank in states for state in rank.values())
