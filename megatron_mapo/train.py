@@ -121,15 +121,15 @@ class Trainer:
         return self.on_main(on_rank_0)
 
     def _prepare(self) -> Path:
-        """Find the model, refuse a run that is not to be resumed, and mend what a killed run has left."""
+        """Find the model, mend what a killed run has left, and refuse a run that is not to be resumed."""
+        for line in checkpoint_files.recover(self.checkpoints):
+            print(line, flush=True)
         saved = checkpoint_files.complete_checkpoints(self.checkpoints)
         if saved and self.config.run.resume is Resume.never:
             raise CheckpointError(
                 f"{self.run_dir} holds a checkpoint of step {saved[-1][0]} and run.resume=never: "
                 "choose another run.name, remove the folder, or set run.resume=auto"
             )
-        for line in checkpoint_files.recover(self.checkpoints):
-            print(line, flush=True)
         return resolve_model_path(self.config.model.path)
 
     def _open_rollout(self) -> None:
@@ -302,20 +302,18 @@ class Trainer:
         self.main_with_weights(lambda weights: self._main_rollout.update_weights(weights, self.step))
 
     def evaluate(self) -> float | None:
-        """Score held-out prompts with the servers' current weights; returns ``trainer.best_metric``, if kept."""
+        """Score held-out prompts with the servers' current weights; returns ``trainer.best_metric``, if measured."""
         return None if self.config.data.eval is None else self.on_main(self._evaluate)
 
     def _evaluate(self) -> float | None:
         found = self._main_rollout.evaluate(self.step)
         self._main_tracker.log_evaluation(self.step, found)
         settings = self.config.trainer
-        if not settings.keep_best:
-            return None
-        if settings.best_metric not in found:
+        if settings.keep_best and settings.best_metric not in found:
             raise ConfigError(
                 f"trainer.best_metric={settings.best_metric} is not in an evaluation; there are: {', '.join(found)}"
             )
-        return found[settings.best_metric]
+        return found.get(settings.best_metric)
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of everything; with ``trainer.async_save`` it is complete some steps later.
