@@ -122,15 +122,15 @@ class Trainer:
         return self.on_main(on_rank_0)
 
     def _prepare(self) -> Path:
-        """Find the model, refuse a run that is not to be resumed, and mend what a killed run has left."""
+        """Find the model, mend what a killed run has left, and refuse a run that is not to be resumed."""
+        for line in checkpoint_files.recover(self.checkpoints):
+            print(line, flush=True)
         saved = checkpoint_files.complete_checkpoints(self.checkpoints)
         if saved and self.config.run.resume is Resume.never:
             raise CheckpointError(
                 f"{self.run_dir} holds a checkpoint of step {saved[-1][0]} and run.resume=never: "
                 "choose another run.name, remove the folder, or set run.resume=auto"
             )
-        for line in checkpoint_files.recover(self.checkpoints):
-            print(line, flush=True)
         return resolve_model_path(self.config.model.path)
 
     def _open_rollout(self) -> None:
@@ -317,16 +317,14 @@ class Trainer:
         return found
 
     def _score(self, evaluation: dict[str, float]) -> float | None:
-        """``trainer.best_metric`` of an evaluation, if the best checkpoint is to be kept."""
+        """``trainer.best_metric`` of an evaluation, if it was measured."""
         settings = self.config.trainer
-        if not settings.keep_best or not evaluation:
-            return None
-        if settings.best_metric not in evaluation:
+        if settings.keep_best and evaluation and settings.best_metric not in evaluation:
             raise ConfigError(
                 f"trainer.best_metric={settings.best_metric} is not in an evaluation; "
                 f"there are: {', '.join(evaluation)}"
             )
-        return evaluation[settings.best_metric]
+        return evaluation.get(settings.best_metric)
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of everything; with ``trainer.async_save`` it is complete some steps later.

@@ -394,6 +394,8 @@ def _fit_parts(policy: Policy, state: dict[Any, Any]) -> dict[Any, Any]:
     With expert parallelism megatron has an optimizer for the experts beside that for all else. The tensors are
     found by their names; the rest (the step count, the groups' settings) is the same in both.
     """
+    if not policy.config.actor.optim.distributed:
+        return state
     parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
     saved = [state] if "optimizer" in state else [state[i] for i in sorted(k for k in state if isinstance(k, int))]
     saved = [part for part in saved if "optimizer" in part]

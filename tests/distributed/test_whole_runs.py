@@ -156,6 +156,8 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(launcher: Launcher, w
         assert reached >= newest, "a complete checkpoint is gone"
         for _, path in saved:
             assert checkpoint_files.verify(path) is not None, "a folder under its final name is complete"
+        latest = checkpoint_files.read_pointer(killed / "checkpoints", "latest")
+        assert latest is None or latest in {path.name for _, path in saved}
         newest = reached
     assert 0 < newest < STEPS
     life = Life(launcher, workspace, "killed")

@@ -189,7 +189,16 @@ def test_the_manifest_says_what_was_saved(runtime: Runtime, model: Path, tmp_pat
     assert manifest.parts["other"] > 0
     assert manifest.step == 4
     assert manifest.layout == {
-        **{"world_size": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "expert": 1, "data": 1}
+        **{
+            "world_size": 1,
+            "tensor": 1,
+            "pipeline": 1,
+            "virtual_pipeline": 1,
+            "context": 1,
+            "expert": 1,
+            "expert_tensor": 1,
+            "data": 1,
+        }
     }
     assert manifest.model == {"type": "llama", "dtype": "float32", "path": str(model)}
     assert {file.name for file in path.iterdir()} == {*manifest.files, "manifest.json"}
