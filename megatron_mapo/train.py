@@ -31,6 +31,7 @@ from megatron_mapo.errors import CheckpointError, ConfigError, MapoError, Traini
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.megatron import checkpoint, hf, runtime
 from megatron_mapo.megatron.checkpoint import Checkpointer
+from megatron_mapo.megatron.lora import save_adapter
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.quickstart import resolve_model_path
@@ -102,12 +103,11 @@ class Trainer:
             raise failure
         return value  # type: ignore[return-value]
 
-    def main_with_weights(self, work: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
+    def main_with(self, weights: Iterator[tuple[str, Tensor]], work: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
         """``work(weights)`` on rank 0 while all ranks bring the weights together; as ``on_main`` for errors.
 
         The iterator is exhausted whatever happens to ``work``: the other ranks take part in it.
         """
-        weights = self.policy.named_weights()
 
         def on_rank_0() -> T:
             try:
@@ -300,7 +300,8 @@ class Trainer:
 
     def sync_weights(self) -> None:
         """Give the servers the actor's weights, as version ``step``."""
-        self.main_with_weights(lambda weights: self._main_rollout.update_weights(weights, self.step))
+        weights = self.policy.named_weights()
+        self.main_with(weights, lambda weights: self._main_rollout.update_weights(weights, self.step))
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the servers' current weights on held-out prompts; nothing without ``data.eval``.
@@ -338,8 +339,12 @@ class Trainer:
             self.checkpointer.wait()
 
     def export(self, out: Path) -> None:
-        """Write the actor as a Hugging Face folder."""
-        self.main_with_weights(lambda weights: hf.save_folder(weights, self.model_path, out))
+        """Write the actor as a Hugging Face folder and, under LoRA, its adapters as PEFT's ``adapter/`` beside it."""
+        self.main_with(self.policy.named_weights(), lambda weights: hf.save_folder(weights, self.model_path, out))
+        lora, base = self.config.actor.lora, self.config.model.path
+        if lora.rank:
+            adapters = self.policy.named_adapters()
+            self.main_with(adapters, lambda weights: save_adapter(weights, lora, base, out.with_name("adapter")))
 
     def _log(self, batch: SequenceBatch, advantages: Tensor, metrics: dict[str, float]) -> None:
         self._main_tracker.log(self.step, metrics)
