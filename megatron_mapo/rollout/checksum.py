@@ -1,9 +1,9 @@
 """The checksums that SGLang servers give of their weights, computed from the trainer's tensors.
 
 A server fuses ``q_proj, k_proj, v_proj`` to ``qkv_proj`` and ``gate_proj, up_proj`` to
-``gate_up_proj``, pads the vocabulary, and cuts matrices over its tensor-parallel ranks. Here each
-Hugging Face tensor is cut and fused the same way as it comes by, hashed, and dropped: no more than
-the parts of unfinished fused tensors is ever held.
+``gate_up_proj``, stacks the experts of a layer, pads the vocabulary, and cuts matrices over its
+tensor-parallel ranks. Here each Hugging Face tensor is cut and fused the same way as it comes by,
+hashed, and dropped: no more than the parts of unfinished fused tensors is ever held.
 
 The hash is 64 bits of SHA-256 for weights on CPU, and sglang's word-wise mixing hash
 (``gpu_tensor_hash``) for weights on CUDA.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,13 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# Of an expert: Hugging Face names -> the server's stacked tensor, and the place in it.
+_OF_EXPERT = {
+    **dict.fromkeys(("gate_proj", "w1"), ("w13_weight", 0)),
+    **dict.fromkeys(("up_proj", "w3"), ("w13_weight", 1)),
+    **dict.fromkeys(("down_proj", "w2"), ("w2_weight", 0)),
+}
+_EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<module>\w+)\.weight")
 _COLUMN_CUT = ("o_proj", "down_proj")
 _VOCAB_CUT = ("embed_tokens", "lm_head")
 _PART = {part: (fused, i) for fused, parts in FUSED.items() for i, part in enumerate(parts)}
@@ -59,12 +67,12 @@ class ModelShape:
     Attributes:
         kv_heads: key/value heads.
         tied: input and output embeddings are one tensor.
-        experts: it has expert layers.
+        experts: experts of a layer; 0 in a dense model.
     """
 
     kv_heads: int
     tied: bool
-    experts: bool
+    experts: int
 
     @classmethod
     def of(cls, model_path: str | Path) -> ModelShape:
@@ -72,8 +80,8 @@ class ModelShape:
         config = json.loads((Path(model_path) / "config.json").read_text())
         return cls(
             kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
-            tied=config.get("tie_word_embeddings", False),
-            experts=any(key in config for key in ("num_experts", "n_routed_experts", "num_local_experts")),
+            tied=config.get("tie_word_embeddings", config["model_type"].startswith("gemma")),
+            experts=config.get("num_experts") or config.get("num_local_experts") or 0,
         )
 
 
@@ -163,16 +171,24 @@ class Expected:
         if module == "lm_head" and self.shape.tied:
             return
         tensor = tensor.detach().to(self.layout.dtype)
-        if module not in _PART:
+        if of_expert := _EXPERT.fullmatch(name):
+            stacked, place = _OF_EXPERT[of_expert["module"]]
+            each = 2 if stacked == "w13_weight" else 1
+            part, target = int(of_expert["number"]) * each + place, f"{of_expert['layer']}.{stacked}"
+            self._add_part(target, part, tensor, each * self.shape.experts, stacked, kind)
+        elif module in _PART:
+            fused, part = _PART[module]
+            self._add_part(f"{parent}{fused}.{kind}", part, tensor, len(FUSED[fused]), fused, kind)
+        else:
             self._finish(name, module, kind, [tensor])
-            return
-        fused, part = _PART[module]
-        target = f"{parent}{fused}.{kind}"
+
+    def _add_part(self, target: str, part: int, tensor: Tensor, count: int, module: str, kind: str) -> None:
+        """Keep a part of a fused tensor until all ``count`` are there."""
         parts = self._parts.setdefault(target, {})
         parts[part] = tensor
-        if len(parts) == len(FUSED[fused]):
+        if len(parts) == count:
             del self._parts[target]
-            self._finish(target, fused, kind, [parts[i] for i in range(len(parts))])
+            self._finish(target, module, kind, [parts[i] for i in range(count)])
         else:
             parts[part] = tensor.clone()
 
@@ -192,6 +208,11 @@ class Expected:
             copies = max(1, size // self.shape.kv_heads)  # ranks that share a key/value head
             shards = [query.chunk(size)[rank], *(x.chunk(size // copies)[rank // copies] for x in key_value)]
             return torch.cat(shards)
+        if module == "w13_weight":
+            experts = zip(parts[::2], parts[1::2], strict=True)
+            return torch.stack([torch.cat([x.chunk(size)[rank] for x in pair]) for pair in experts])
+        if module == "w2_weight":
+            return torch.stack([x.chunk(size, dim=1)[rank] for x in parts])
         if module == "gate_up_proj":
             return torch.cat([x.chunk(size)[rank] for x in parts])
         return parts[0]

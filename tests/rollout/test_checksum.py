@@ -14,7 +14,7 @@ import torch
 from megatron_mapo.errors import WeightSyncError
 from megatron_mapo.rollout.checksum import Expected, Layout, ModelShape, sha256_hash, word_hash
 
-SHAPE = ModelShape(kv_heads=2, tied=True, experts=False)
+SHAPE = ModelShape(kv_heads=2, tied=True, experts=0)
 
 
 def collect(tensor: int, weights: dict[str, torch.Tensor], shape: ModelShape = SHAPE) -> list[dict[str, str]]:
@@ -61,6 +61,25 @@ def test_matrices_are_cut_by_rows_or_columns():
         }
 
 
+@pytest.mark.parametrize(
+    "names", [("mlp", "gate_proj", "up_proj", "down_proj"), ("block_sparse_moe", "w1", "w3", "w2")]
+)
+def test_experts_are_stacked_gate_before_up(names: tuple[str, ...]):
+    block, *modules = names
+    layer = f"model.layers.0.{block}.experts"
+    gate, up, down, router = torch.randn(3, 8, 4), torch.randn(3, 8, 4), torch.randn(3, 4, 8), torch.randn(3, 4)
+    weights = {f"model.layers.0.{block}.gate.weight": router}
+    for e in (2, 0, 1):  # in any order
+        weights |= {f"{layer}.{e}.{m}.weight": t[e] for m, t in zip(modules, (gate, up, down), strict=True)}
+    for r, found in enumerate(collect(2, weights, ModelShape(kv_heads=2, tied=True, experts=3))):
+        half = slice(4 * r, 4 * r + 4)
+        assert found == {
+            f"model.layers.0.{block}.gate.weight": sha256_hash(router),
+            f"{layer}.w13_weight": sha256_hash(torch.cat([gate[:, half], up[:, half]], 1)),
+            f"{layer}.w2_weight": sha256_hash(down[:, :, half]),
+        }
+
+
 def test_the_vocabulary_is_padded_with_zeros():
     table = torch.randn(100, 3)
     padded = torch.cat([table, torch.zeros(28, 3)])
@@ -75,7 +94,7 @@ def test_the_vocabulary_is_padded_with_zeros():
 def test_a_tied_head_is_no_tensor_of_its_own():
     weights = {"model.embed_tokens.weight": torch.randn(64, 3), "lm_head.weight": torch.randn(64, 3)}
     assert list(collect(1, weights)[0]) == ["model.embed_tokens.weight"]
-    untied = ModelShape(kv_heads=2, tied=False, experts=False)
+    untied = ModelShape(kv_heads=2, tied=False, experts=0)
     assert list(collect(1, weights, untied)[0]) == list(weights)
 
 
