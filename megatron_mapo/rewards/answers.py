@@ -52,6 +52,10 @@ _CHOICE = re.compile(rf"{_UNIT}(?:{_OPERATOR}|,?\s*\bor\b(?:\s+\w+)?){_OPEN}", r
 _LIST = re.compile(rf"{_UNIT}(?:{_OPERATOR}|[,;&]|,?\s*\b(?:or|and|to)\b(?:\s+\w+)?)?{_OPEN}", re.IGNORECASE)
 # Behind a number: it is a factor or a term ("2\pi", "2^x", "2x", "7 +", "2(a+b)").
 _GOES_ON = re.compile(r"\s*(?:[\^*+/²³]|\\[a-zA-Z])|[abcijknpqrtuvwxyz](?![A-Za-z])|\(|\s?[-−]\s?[b-z](?![\w'])")
+# Before a number: it is the second operand of something that is not a number ("x + 1", "\\pi \\cdot 3", "b-1"). With
+# spaces around it a dash is an operator only where an expression is expected.
+_TERM = r"[A-Za-z)\]}]\s*(?:[*/×÷|+]|\\(?:cdot|times|div|pm|mp|ast)(?![a-zA-Z])"
+_COMES_AFTER = {False: re.compile(rf"{_TERM})\s*$|[A-Za-z)\]}}][-−]$"), True: re.compile(rf"{_TERM}|[-−])\s*$")}
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|boldsymbol)\s?\{([^{}]*)\}")
 _BLANK = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()\[\]]|`")
@@ -109,7 +113,7 @@ def stated_number(statement: Statement) -> Fraction | None:
     joins = _LIST if statement.marked else _CHOICE
     if len(pair) == 2 and joins.search(text[pair[0].end : pair[1].start]):
         return None
-    return None if _is_operand(text, chosen) else chosen.value
+    return None if _is_operand(text, chosen, statement.marked) else chosen.value
 
 
 def number(text: str) -> Fraction | None:
@@ -153,8 +157,10 @@ def _right_side(text: str) -> str:
     return next((part for part in reversed(parts) if re.search(r"\d", part)), text)
 
 
-def _is_operand(text: str, number: Number) -> bool:
-    r"""The number is an argument or exponent (``\sqrt{3}``, ``x^2``), or the expression goes on behind it."""
+def _is_operand(text: str, number: Number, marked: bool) -> bool:
+    r"""The number is an argument or exponent (``\sqrt{3}``, ``x^2``), or the expression goes on on either side."""
+    if _COMES_AFTER[marked].search(text[max(0, number.start - _CONTEXT) : number.start]):
+        return True
     before = text[max(0, number.start - _CONTEXT) : number.start].rstrip(" \t\n$€£¥+−-")
     argument = re.search(r"\\[a-zA-Z]+(?:\[[^\[\]]*\])?\{$|[\^_]\{?$", before)
     return argument is not None or _GOES_ON.match(text, number.end) is not None
