@@ -28,6 +28,7 @@ from megatron_mapo.config import Config, to_yaml
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron.checkpoint_writer import (
     PARTS,
+    Abandoned,
     Plan,
     Written,
     gather_to_main,
@@ -195,9 +196,10 @@ class Checkpointer:
         writing = self._in_flight.writing
         error = writing.exception() if writing.done() else None
         states = self.runtime.gather((writing.done(), None if error is None else _reason(error)))
-        if all(done for done, _ in states) or any(problem for _, problem in states):
+        if any(problem for _, problem in states):
+            self._abandoned.set()  # the others need not write to the end
             return self._finish(self._in_flight)
-        return None
+        return self._finish(self._in_flight) if all(done for done, _ in states) else None
 
     def wait(self) -> Path | None:
         """Wait for the checkpoint in flight and finish it; as ``poll``."""
@@ -226,7 +228,8 @@ class Checkpointer:
         """Wait for this rank's writer; when all are done rank 0 completes the folder and gives it its name."""
         self._in_flight = None
         error = flight.writing.exception()
-        self._refuse_if_any(None if error is None else _reason(error), flight.partial)
+        # A rank that gave up did so because of another one.
+        self._refuse_if_any(None if error is None or isinstance(error, Abandoned) else _reason(error), flight.partial)
         done: list[Written] = gather_to_main(
             flight.writing.result(), self.runtime.is_main, self.runtime.world_size, self.runtime.control_group
         )

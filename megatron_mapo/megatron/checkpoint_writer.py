@@ -152,17 +152,17 @@ class _HashingFile:
     def __init__(self, stream: BinaryIO, abandoned: threading.Event) -> None:
         self._stream, self._abandoned = stream, abandoned
         self._digest, self._size = xxhash.xxh3_128(), 0
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def write(self, data: Any) -> int:
-        if self._abandoned.is_set():
-            raise Abandoned
-        self._digest.update(data)
         try:
+            if self._abandoned.is_set():
+                raise Abandoned
             self._stream.write(data)
-        except OSError as error:
+        except (OSError, Abandoned) as error:
             self.error = error  # torch raises another one on top of it
             raise
+        self._digest.update(data)
         count = memoryview(data).nbytes
         self._size += count
         return count
