@@ -33,7 +33,8 @@ from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.launch.run_folder import list_checkpoints
 from megatron_mapo.quickstart import QUICKSTART_SMOLLM2, prepare_smollm2
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+"""The keys of ``megatron.families.FAMILIES``, known here without torch."""
 _BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 
 
@@ -82,7 +83,8 @@ class ModelShape:
                 kv_heads=hf.get("num_key_value_heads") or heads,
                 head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
                 vocab=hf["vocab_size"],
-                tied=hf.get("tie_word_embeddings", False),
+                # A configuration that leaves the key out means what transformers takes for granted.
+                tied=hf.get("tie_word_embeddings", kind.startswith("gemma")),
             )
         except OSError as error:
             raise DataError(f"model.path: cannot read {file}: {error.strerror}") from error
@@ -94,7 +96,8 @@ class ModelShape:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         matrices = 2 * self.hidden * (queries + keys) + 3 * self.hidden * self.ffn
         biases = queries + 2 * keys if self.kind == "qwen2" else 0
-        norms = 2 * self.hidden + (2 * self.head_dim if self.kind == "qwen3" else 0)
+        norms = (4 if self.kind.startswith("gemma") else 2) * self.hidden
+        norms += 2 * self.head_dim if self.kind in ("qwen3", "gemma3_text") else 0
         return (matrices + biases) // tensor + norms
 
     def embedding_parameters(self, tensor: int = 1) -> int:

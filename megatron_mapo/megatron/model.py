@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_mapo.config import ActorConfig, Dtype, ParallelConfig
+from megatron_mapo.config import ActorConfig, Config, Dtype, ParallelConfig
 from megatron_mapo.data.packing import PackedBatch
 from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.megatron.attention import PackedParams, layer_spec
@@ -256,6 +256,17 @@ class PolicyModel(GPTModel):
             weight = self.shared_embedding_or_output_weight()
         batch = arguments["packed_seq_params"].batch
         return self.output_layer(hidden_states, batch, weight, self.temperature, self.logprob_chunk, self.hf_vocab_size)
+
+
+def empty_model(config: Config, hf: PretrainedConfig, device: torch.device) -> PolicyModel:
+    """This rank's part of a model whose weights are still to be read.
+
+    Raises:
+        ConfigError: the layout does not divide the model.
+    """
+    fields = transformer_config(hf, config.actor, config.model.dtype, device.type == "cpu")
+    temperature, chunk = config.rollout.temperature, config.actor.logprob_chunk
+    return PolicyModel(fields, hf, temperature=temperature, logprob_chunk=chunk).to(device)
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:

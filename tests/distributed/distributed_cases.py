@@ -13,9 +13,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_mapo.config import Config, load_config
+from megatron_mapo.config import Config, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import MapoError
+from megatron_mapo.export import export_run
 from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.hf import named_weights, save_folder
 from megatron_mapo.megatron.logprobs import chunked_logprobs
@@ -230,6 +231,30 @@ def save_and_continue(case: dict[str, Any], folder: str, checkpoints: str, out: 
         found = _continue(policy, batch, columns, 2)
         if ranks.is_main:
             save_file({k: v.contiguous() for k, v in found.items()}, out)
+
+
+def train_runs(cases: dict[str, dict[str, Any]], folder: str, runs: str) -> None:
+    """Each case leaves a run's folder with one checkpoint, and the weights as rank 0 streamed them."""
+    batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
+    for name, case in cases.items():
+        run_dir = Path(runs) / name
+        model = Path(folder) / case["model"]
+        config = read_config(str(model), [*case["options"], f"run.name={name}"])
+        with layout(config) as ranks:
+            policy = Policy(config, ranks, model, total_updates=4)
+            columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
+            policy.update(batch, columns)
+            checkpoint.save(policy, ranks, run_dir / "checkpoints", 1, {}, keep=1)
+            weights = {n: v.clone() for n, v in policy.named_weights()}
+            if ranks.is_main:
+                save_file(weights, run_dir / "weights.safetensors")
+                (run_dir / "config.yaml").write_text(to_yaml(config))
+
+
+def export_runs(runs: str) -> None:
+    """Each run's checkpoint as a Hugging Face folder, on this process alone."""
+    for run_dir in Path(runs).iterdir():
+        export_run(run_dir, run_dir / "export")
 
 
 def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str, Any]:

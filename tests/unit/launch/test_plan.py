@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from tiny_models import make_tiny_model
+from tiny_models import ARCHITECTURES, make_tiny_model
 
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.errors import ConfigError, DataError, MapoError
+from megatron_mapo.launch import plan as plans
 from megatron_mapo.launch.plan import ModelShape, make_plan
-
-ARCHITECTURES = ("llama", "llama_untied", "qwen2", "qwen3")
+from megatron_mapo.megatron.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,10 @@ def config(tmp_path: Path, model: Path | str, *overrides: str) -> Config:
     data.write_text('{"question": "1+1", "answer": "2"}\n')
     base = [f"model.path={model}", "model.dtype=bfloat16", f"data.train={data}", f"run.output_dir={tmp_path}/runs"]
     return load_config(None, [*base, *overrides])
+
+
+def test_the_plan_knows_the_families_of_the_trainer() -> None:
+    assert set(plans.ARCHITECTURES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
