@@ -79,6 +79,7 @@ class _ShardWriter:
         self.total_bytes += value.nbytes
 
     def flush(self) -> None:
+        """Write what is pending."""
         file = self.folder / f"shard-{len(self.shards)}"
         save_file(self.pending, str(file), metadata={"format": "pt"})
         shutil.copymode(self.folder / "config.json", file)  # safetensors makes files that only their owner reads
