@@ -218,6 +218,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     folder, repository = arguments.run_dir, arguments.push_to_hub
+    if arguments.private and repository is None:
+        raise ConfigError("--private belongs to --push-to-hub OWNER/NAME")
     if not any((folder / name).is_dir() for name in ("checkpoints", "megatron")):
         raise CheckpointError(f"{folder} has no checkpoints; it must be the folder of a run or of an imported model")
     if arguments.out.exists():

@@ -21,22 +21,35 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 class SafetensorsFolder:
     """Read-only view of all tensors of a Hugging Face folder.
 
+    Those are in the files that the index names, else in ``model.safetensors``, else in every safetensors file:
+    some folders hold the weights a second time, in another layout.
+
     Raises:
         DataError: there is no safetensors file, or a tensor asked for is missing or misshapen.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise DataError(f"model.path: no *.safetensors file in {self.path}")
         self.handles = {}
-        for file in files:
+        for file in self._files():
             try:
                 handle = safe_open(str(file), "pt")
             except Exception as error:  # safetensors raises its own, undocumented types
                 raise DataError(f"model.path: {file} is not a readable safetensors file: {error}") from error
             self.handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def _files(self) -> list[Path]:
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            missing = sorted(name for name in names if not (self.path / name).is_file())
+            if missing:
+                raise DataError(f"model.path: {index} names {missing[0]}, which is not there")
+            return sorted(self.path / name for name in names)
+        files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise DataError(f"model.path: no *.safetensors file in {self.path}")
+        return files
 
     def read(self, name: str, shape: list[int], dim: int | None, parts: int, part: int) -> Tensor:
         """Part ``part`` of ``parts`` along ``dim`` (None: all) of a tensor that must have this whole ``shape``.

@@ -65,6 +65,7 @@ def test_check_fails_above_the_bound_and_names_a_window_that_it_cannot_see(model
         (["check", "{tmp}/nowhere"], DataError, "there is no folder"),
         (["import", "{tmp}/nowhere", "{tmp}/out"], DataError, "there is no folder"),
         (["import", "{model}", "{tmp}"], ConfigError, "exists; name a folder that does not"),
+        (["export", "{tmp}", "{tmp}/out", "--private"], ConfigError, "--private belongs to --push-to-hub"),
         (["export", "{model}", "{tmp}/out"], CheckpointError, "the folder of a run or of an imported model"),
     ],
 )

@@ -262,6 +262,23 @@ def test_an_export_holds_one_shard_in_memory(tmp_path: Path) -> None:
     assert float(done.stdout) <= 24 + 8 + 2
 
 
+def test_weights_in_another_layout_beside_the_model_are_not_read(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    """With an index and without one. A file that the index names must be there."""
+    source = tmp_path / "source"
+    shutil.copytree(folder("mistral"), source)
+    save_file({"layers.0.attention.wq.weight": torch.zeros(64, 64)}, source / "consolidated.safetensors")
+    model, hf = build_model(config, source, runtime.device)
+    out = save_folder(named_weights(model, hf), source, tmp_path / "out", shard_bytes=100_000)
+    shutil.copy(source / "consolidated.safetensors", out)
+    build_model(config, out, runtime.device)
+    second = sorted(out.glob("model-*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(DataError, match=f"names {second.name}, which is not there"):
+        build_model(config, out, runtime.device)
+
+
 def test_a_failed_save_leaves_the_old_folder(
     folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
 ) -> None:
