@@ -73,7 +73,12 @@ def _build(arch: str, shape: dict, vocab: int) -> PreTrainedModel:
         return MistralForCausalLM(MistralConfig(**{"sliding_window": 24} | common))
     if arch in ("gemma2", "gemma3_text"):
         # One head dimension that is not hidden / heads, another scale of the scores, a window in every other layer.
-        gemma = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 24} | common
+        gemma = {
+            "hidden_act": "gelu_pytorch_tanh",
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 24,
+        } | common
         if arch == "gemma2":
             return Gemma2ForCausalLM(
                 Gemma2Config(**{"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0} | gemma)

@@ -60,11 +60,14 @@ class ModelShape:
         kv_heads: key/value heads.
         tied: input and output embeddings are one tensor.
         experts: it has expert layers.
+        gemma2_hidden: hidden size if it is a Gemma 2; its servers also keep the factor on the embeddings, and
+            ``1 + weight`` of every norm.
     """
 
     kv_heads: int
     tied: bool
     experts: bool
+    gemma2_hidden: int | None = None
 
     @classmethod
     def of(cls, model_path: str | Path) -> ModelShape:
@@ -74,6 +77,7 @@ class ModelShape:
             kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
             tied=config.get("tie_word_embeddings", False),
             experts=any(key in config for key in ("num_experts", "n_routed_experts", "num_local_experts")),
+            gemma2_hidden=config["hidden_size"] if config.get("model_type") == "gemma2" else None,
         )
 
 
@@ -156,6 +160,9 @@ class Expected:
         self.by_rank: list[dict[str, str]] = [{} for _ in range(layout.tensor)]
         self._parts: dict[str, dict[int, Tensor]] = {}
         self._hash: Callable[[Tensor], str] = word_hash if layout.cuda else sha256_hash
+        if shape.gemma2_hidden:
+            scale = torch.tensor(shape.gemma2_hidden**0.5, dtype=layout.dtype)
+            self._finish("model.normalizer", "normalizer", "", [scale])
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one Hugging Face tensor. It may be overwritten afterwards."""
@@ -165,6 +172,8 @@ class Expected:
         tensor = tensor.detach().to(self.layout.dtype)
         if module not in _PART:
             self._finish(name, module, kind, [tensor])
+            if self.shape.gemma2_hidden and module.endswith("norm"):
+                self._finish(name.removesuffix(kind) + "gemma_weight", module, kind, [tensor + 1.0])
             return
         fused, part = _PART[module]
         target = f"{parent}{fused}.{kind}"

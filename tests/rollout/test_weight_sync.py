@@ -222,10 +222,20 @@ def test_no_verification_when_it_is_off(call, servers, model_path, tmp_path):
     plain.close()
 
 
-@pytest.mark.parametrize(("arch", "count"), [("qwen2", 2), ("qwen3", 1), ("llama_untied", 1)])
-def test_other_architectures_and_several_servers(tmp_path, arch, count):
+@pytest.mark.parametrize(
+    ("arch", "count", "vocab"),
+    [
+        ("qwen2", 2, 300),
+        ("qwen3", 1, 300),
+        ("llama_untied", 1, 300),
+        pytest.param("mistral", 1, 300, marks=pytest.mark.slow),
+        pytest.param("gemma2", 1, 300, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", 1, 320, marks=pytest.mark.slow),  # sglang does not pad Gemma 3's
+    ],
+)
+def test_other_architectures_and_several_servers(tmp_path, arch, count, vocab):
     """Biases, q/k norms, an untied head, a vocabulary that is padded; one broadcast for all servers."""
-    path = make_tiny_model(tmp_path / "model", arch, vocab=300)
+    path = make_tiny_model(tmp_path / "model", arch, vocab=vocab)
     with ServerGroup(server_config(count=count), model_config(path), tmp_path, API_KEY) as servers:
         sync = make_sync(servers, path, tmp_path)
         model = changed(path, 1)
