@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mapo import __version__
-from megatron_mapo.errors import CheckpointError, ConfigError, MapoError
+from megatron_mapo.errors import CheckpointError, ConfigError, DataError, MapoError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,9 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     _eval_parser(commands)
 
     export = _command(commands, "export", "write a Hugging Face folder from a checkpoint", _export)
-    export.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run, or of an imported model")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     export.add_argument("--step", type=_positive, metavar="N", help="checkpoint to take (default: the last)")
+    _dtype(export, "type of the written weights (default: that of the checkpoint)")
+    export.add_argument("--shard-gb", type=_size, default=5.0, metavar="X", help="size of a file, 10^9 bytes (5)")
+    export.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this model repository")
+    export.add_argument("--private", action="store_true", help="make a repository that does not exist yet private")
+
+    load = _command(commands, "import", "write a Megatron checkpoint from a Hugging Face model", _import)
+    load.add_argument("model", metavar="MODEL", help="Hugging Face folder, or a name on the hub")
+    load.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
+    _dtype(load, "type of the weights (default: that of the model)")
+
+    check = _command(commands, "check", "compare a Hugging Face model's log-probs with transformers", _check)
+    check.add_argument("model", metavar="MODEL", help="Hugging Face folder, or a name on the hub")
+    check.add_argument("--length", type=_length, default=256, metavar="N", help="tokens of the longest sequence (256)")
+    check.add_argument("--bound", type=_size, default=1e-3, metavar="X", help="largest difference, in nat (0.001)")
 
     inspect = _command(commands, "inspect", "show a run or one checkpoint, and check its files", _inspect)
     inspect.add_argument("path", type=Path, metavar="RUN", help="folder of the run, or of one of its checkpoints")
@@ -150,6 +164,24 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def _length(text: str) -> int:
+    value = int(text)
+    if value < 16:
+        raise argparse.ArgumentTypeError(f"must be at least 16, got {text}")
+    return value
+
+
+def _dtype(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=text)
 
 
 # ------------------------------------------------------------------------------------------- commands
@@ -222,13 +254,60 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    if not (arguments.run_dir / "checkpoints").is_dir():
-        raise CheckpointError(f"{arguments.run_dir} has no checkpoints; it must be the folder of a run")
+    folder, repository = arguments.run_dir, arguments.push_to_hub
+    if arguments.private and repository is None:
+        raise ConfigError("--private belongs to --push-to-hub OWNER/NAME")
+    if not any((folder / name).is_dir() for name in ("checkpoints", "megatron")):
+        raise CheckpointError(f"{folder} has no checkpoints; it must be the folder of a run or of an imported model")
     if arguments.out.exists():
         raise ConfigError(f"{arguments.out} exists; name a folder that does not")
+    from megatron_mapo import hub
+
+    if repository is not None:  # first, so that a wrong token or name costs nothing
+        hub.create_repository(repository, arguments.private)
+    from megatron_mapo.config import Dtype
     from megatron_mapo.export import export_run
 
-    print(export_run(arguments.run_dir, arguments.out, arguments.step))
+    dtype = None if arguments.dtype is None else Dtype(arguments.dtype)
+    size = int(arguments.shard_gb * 1e9)
+    print(export_run(folder, arguments.out, arguments.step, dtype=dtype, shard_bytes=size))
+    if repository is not None:
+        print(hub.push_folder(arguments.out, repository, f"Upload {folder.resolve().name}"))
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    if arguments.out.exists():
+        raise ConfigError(f"{arguments.out} exists; name a folder that does not")
+    from megatron_mapo.quickstart import resolve_model_path
+
+    model = resolve_model_path(arguments.model)
+    from megatron_mapo.config import Dtype
+    from megatron_mapo.megatron.imported import import_folder
+
+    dtype = None if arguments.dtype is None else Dtype(arguments.dtype)
+    print(import_folder(model, arguments.out, dtype))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.quickstart import resolve_model_path
+
+    model = resolve_model_path(arguments.model)
+    from megatron_mapo.check import check_model
+
+    result = check_model(model, arguments.length)
+    for difference in result.differences:
+        print(
+            f"{difference.tokens} tokens: |difference| to transformers at most {difference.largest:.2e}, "
+            f"on average {difference.mean:.2e} nat"
+        )
+    if result.window is not None:
+        print(f"the sliding window of {result.window} tokens is not exercised; --length {2 * result.window} does so")
+    if not result.largest <= arguments.bound:  # NaN is a failure too
+        raise DataError(
+            f"{arguments.model}: differs by {result.largest:.2e} nat, more than --bound {arguments.bound:g}"
+        )
     return 0
 
 

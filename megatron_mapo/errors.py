@@ -51,3 +51,9 @@ class TrainingError(MapoError):
     """Training cannot go on: not-finite numbers, or server and trainer disagree on log-probs."""
 
     exit_code = 8
+
+
+class HubError(MapoError):
+    """The Hugging Face hub refused an upload, or could not be reached."""
+
+    exit_code = 9

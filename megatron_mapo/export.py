@@ -1,25 +1,58 @@
-"""A run's checkpoint -> a Hugging Face folder, on one CPU or GPU process, whatever layout trained it."""
+"""A Megatron checkpoint -> a Hugging Face folder, on one CPU or GPU process, whatever layout trained it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_mapo import checkpoint_files
-from megatron_mapo.config import ParallelConfig, load_config
+from megatron_mapo.config import Config, Dtype, ParallelConfig, load_config
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron import checkpoint, runtime
-from megatron_mapo.megatron.hf import named_weights, save_folder
-from megatron_mapo.megatron.policy import build_model
+from megatron_mapo.megatron.hf import named_weights
+from megatron_mapo.megatron.hf_folder import save_folder
+from megatron_mapo.megatron.imported import WEIGHTS, read_imported
+from megatron_mapo.megatron.policy import build_model, empty_model
 from megatron_mapo.quickstart import resolve_model_path
 
 
-def export_run(run_dir: Path, out: Path, step: int | None = None) -> Path:
+@dataclass(frozen=True)
+class _Source:
+    """What an export reads.
+
+    Attributes:
+        checkpoint: folder of the Megatron checkpoint.
+        model: Hugging Face folder of the model that it began as.
+        config: of the run; its layout is that of one process.
+        card: text of README.md, where the model has none.
+        is_run: it is a checkpoint of a run, which has a manifest.
+    """
+
+    checkpoint: Path
+    model: Path
+    config: Config
+    card: str | None
+    is_run: bool
+
+
+def export_run(
+    folder: Path,
+    out: Path,
+    step: int | None = None,
+    *,
+    dtype: Dtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
     """Write the actor of a checkpoint as a folder that transformers and SGLang load.
 
     Args:
-        run_dir: the run's folder.
+        folder: a run's folder, or one that ``megatron-mapo import`` wrote.
         out: folder to write; it must not exist, or be empty.
-        step: which checkpoint; None: the last complete one.
+        step: which checkpoint of the run; None: the last complete one.
+        dtype: type of the written weights; None: that of the checkpoint.
+        shard_bytes: most bytes of one safetensors file.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not fit the model.
@@ -27,18 +60,57 @@ def export_run(run_dir: Path, out: Path, step: int | None = None) -> Path:
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty: name another folder")
+    source = _imported_source(folder) if (folder / WEIGHTS).is_dir() else _run_source(folder, step)
+    trainers = runtime.initialize(source.config)
+    try:
+        if source.is_run:
+            checkpoint.verify(trainers, source.checkpoint, checksums=source.config.trainer.verify_checkpoints)
+        # Under LoRA the checkpoint holds the adapters alone.
+        build = build_model if source.config.actor.lora.rank else empty_model
+        chunks, hf = build(source.config, source.model, trainers.device)
+        checkpoint.load_model(chunks, source.checkpoint)
+        return save_folder(
+            named_weights(chunks, hf),
+            source.model,
+            out,
+            shard_bytes=shard_bytes,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
+            card=source.card,
+        )
+    finally:
+        trainers.close()
+
+
+def _run_source(run_dir: Path, step: int | None) -> _Source:
     chosen = checkpoint_files.choose(run_dir / "checkpoints", step)
     if chosen is None:
         raise CheckpointError(f"{run_dir}/checkpoints holds no complete checkpoint")
-    path = chosen[1]
+    step, path = chosen
     config = load_config(run_dir / "config.yaml", [])
     config.actor.parallel = ParallelConfig()
-    trainers = runtime.initialize(config)
-    try:
-        source = resolve_model_path(config.model.path)
-        chunks, hf = build_model(config, source, trainers.device)
-        checkpoint.verify(trainers, path, checksums=config.trainer.verify_checkpoints)
-        checkpoint.load_model(chunks, path)
-        return save_folder(named_weights(chunks, hf), source, out)
-    finally:
-        trainers.close()
+    return _Source(path, resolve_model_path(config.model.path), config, model_card(config, step), is_run=True)
+
+
+def model_card(config: Config, step: int) -> str:
+    """README.md of a trained model: what it began as, and what was done to it."""
+    name, actor = config.model.path, config.actor
+    is_hub_name = "/" in name and not Path(name).expanduser().exists()
+    steps = "step" if step == 1 else "steps"
+    base = f"base_model: {name.partition('@')[0]}\n" if is_hub_name else ""
+    return (
+        f"---\nlibrary_name: transformers\n{base}---\n\n"
+        f"# {config.run.name}\n\n"
+        f"`{name if is_hub_name else Path(name).name}` after {step} {steps} of reinforcement learning from verifiable "
+        "rewards with megatron-mapo.\n\n"
+        "| | |\n|---|---|\n"
+        f"| advantages (`actor.adv_norm.aggregation_mode`) | {actor.adv_norm.aggregation_mode} |\n"
+        f"| verifier | {config.reward.name} |\n"
+        f"| prompts x responses a step | {config.rollout.prompts_per_step} x {config.rollout.responses_per_prompt} |\n"
+        f"| learning rate | {actor.optim.lr:g} |\n"
+        f"| KL coefficient | {actor.loss.kl_coef:g} |\n"
+    )
+
+
+def _imported_source(folder: Path) -> _Source:
+    config, weights = read_imported(folder)
+    return _Source(weights, folder, config, None, is_run=False)

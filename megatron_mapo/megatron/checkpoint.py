@@ -58,7 +58,7 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_model(chunks: list[PolicyModel], metadata: dict[str, Any]) -> dict[str, Any]:
+def sharded_model(chunks: list[PolicyModel]) -> dict[str, Any]:
     """Cut tensors of every chunk. Their keys name the whole model's layers, whatever the layout.
 
     Under LoRA only the adapters: the frozen rest is in the model's folder.
@@ -66,7 +66,7 @@ def _sharded_model(chunks: list[PolicyModel], metadata: dict[str, Any]) -> dict[
     adapted = any(True for _ in adapted_layers(chunks))
     state: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
-        whole = chunk.sharded_state_dict(metadata=metadata)
+        whole = chunk.sharded_state_dict(metadata=_metadata())
         state[f"chunk{i}"] = {key: value for key, value in whole.items() if not adapted or ".adapters." in key}
     return state
 
@@ -80,7 +80,7 @@ def _sharded_state(policy: Policy, runtime: Runtime, is_loading: bool) -> dict[s
     """What megatron writes: cut tensors of model and optimizer, and one RNG state a rank."""
     metadata = _metadata()
     policy.gather_parameters()
-    model = _sharded_model(policy.chunks, metadata)
+    model = sharded_model(policy.chunks)
     return {
         "model": model,
         "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
@@ -385,7 +385,7 @@ def load_model(chunks: list[PolicyModel], path: Path) -> None:
         CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
     try:
-        state = dist_checkpointing.load({"model": _sharded_model(chunks, _metadata())}, str(path))
+        state = dist_checkpointing.load({"model": sharded_model(chunks)}, str(path))
         _load_chunks(chunks, state["model"])
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error

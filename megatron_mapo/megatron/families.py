@@ -51,6 +51,7 @@ _GEMMA_LAYER: Table = _LAYER | {
 _ONLY = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "attention_dropout": 0.0}
 _GEMMA_ONLY = {
     "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_act": "gelu_pytorch_tanh",  # the same for servers, which read this name
     "attention_bias": False,
     "attention_dropout": 0.0,
     "use_bidirectional_attention": False,

@@ -2,14 +2,12 @@
 
 ``load_weights``: every rank reads only the slices that it holds; no communication.
 ``named_weights``: full tensors under their Hugging Face names, one at a time, on every rank.
-``save_folder``: a folder that transformers and SGLang load.
+``save_folder`` (``hf_folder.py``): a folder that transformers and SGLang load.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +15,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.families import family_of
+from megatron_mapo.megatron.hf_folder import SafetensorsFolder
+from megatron_mapo.megatron.hf_folder import save_folder as save_folder
 from megatron_mapo.megatron.lora import Adapted
 from megatron_mapo.megatron.model import PolicyModel, head_dim
-
-# Everything beside the weights that a Hugging Face folder carries.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 
 
 @dataclass(frozen=True)
@@ -88,46 +83,6 @@ def _entry(chunk: PolicyModel, hf: PretrainedConfig, name: str, value: Tensor) -
     owner = chunk.get_submodule(name.rpartition(".")[0])
     adapted = owner if isinstance(owner, Adapted) and name.endswith(".weight") else None
     return Entry(kind, names, value, int(expert[2]) if expert else -1, tied_output, adapted)
-
-
-class SafetensorsFolder:
-    """Read-only view of all tensors of a Hugging Face folder.
-
-    Raises:
-        DataError: there is no safetensors file, or a tensor asked for is missing or misshapen.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise DataError(f"model.path: no *.safetensors file in {self.path}")
-        self.handles = {}
-        for file in files:
-            try:
-                handle = safe_open(str(file), "pt")
-            except Exception as error:  # safetensors raises its own, undocumented types
-                raise DataError(f"model.path: {file} is not a readable safetensors file: {error}") from error
-            self.handles.update(dict.fromkeys(handle.keys(), handle))
-
-    def read(self, name: str, shape: list[int], dim: int | None, parts: int, part: int) -> Tensor:
-        """Part ``part`` of ``parts`` along ``dim`` (None: all) of a tensor that must have this whole ``shape``.
-
-        A dimension that the parts do not divide is padded with zeros at its end.
-        """
-        if name not in self.handles:
-            raise DataError(f"model.path: tensor {name} is missing in {self.path}")
-        view = self.handles[name].get_slice(name)
-        if view.get_shape() != shape:
-            raise DataError(f"model.path: {name} has shape {view.get_shape()} in {self.path}, expected {shape}")
-        if dim is None:
-            return self.handles[name].get_tensor(name)
-        width = -(-shape[dim] // parts)
-        start, stop = part * width, min((part + 1) * width, shape[dim])
-        piece = view[start:stop] if dim == 0 else view[:, start:stop]
-        if stop - start < width:
-            piece = torch.cat([piece, piece.new_zeros(width - (stop - start), *piece.shape[1:])])
-        return piece
 
 
 def _shapes(entry: Entry, hf: PretrainedConfig, parts: int) -> list[list[int]]:
@@ -285,62 +240,3 @@ def _join(kind: str, parts: Tensor, hf: PretrainedConfig) -> list[Tensor]:
     heads = hf.num_attention_heads // hf.num_key_value_heads
     by_group = parts.reshape(hf.num_key_value_heads, (heads + 2) * dim, *parts.shape[2:])
     return [x.reshape(-1, *parts.shape[2:]) for x in by_group.split([heads * dim, dim, dim], 1)]
-
-
-def save_folder(
-    weights: Iterator[tuple[str, Tensor]], source: str | Path, out: str | Path, *, shard_bytes: int = 4 << 30
-) -> Path:
-    """Write a Hugging Face folder: ``weights`` as safetensors, every companion file of ``source``.
-
-    The folder appears under its name only when it is complete; one that is there already is replaced.
-
-    Args:
-        weights: names and whole tensors, one at a time.
-        source: folder of the original model (config, tokenizer, chat template, ...).
-        out: folder to write.
-        shard_bytes: most bytes of one safetensors file.
-    """
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for pattern in COMPANIONS:
-        for file in Path(source).glob(pattern):
-            if not file.name.endswith(".safetensors.index.json"):
-                shutil.copy2(file, partial)
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total = 0
-
-    def flush() -> None:
-        save_file(pending, str(partial / f"shard-{len(shards)}"), metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, value in weights:
-        size = value.numel() * value.element_size()
-        if pending and pending_bytes + size > shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = value.detach().cpu().contiguous().clone()
-        pending_bytes += size
-        total += size
-    flush()
-    _name_shards(partial, shards, total)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    return out
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Give the files transformers' names, and the index that several of them need."""
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    where = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        where.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

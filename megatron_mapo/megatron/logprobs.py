@@ -54,15 +54,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
             local = labels[part] - first
             here = (local >= 0) & (local < len(weight))
             z_label = z.gather(1, local.clamp(0, len(weight) - 1)[:, None])[:, 0].where(here, 0.0)
-            e = (z - top[:, None]).exp_()
-            # A batched dot product: sum(e * z) without a third [chunk, V] buffer.
-            weighted = torch.bmm(e[:, None], z[:, :, None]).flatten()
-            sums = torch.stack([e.sum(-1), weighted, z_label])
+            z.sub_(top[:, None])
+            e = z.exp()
+            # In place, not a third [chunk, V] buffer; and a sum, which is exact to more digits than a dot product.
+            sums = torch.stack([e.sum(-1), z.mul_(e).sum(-1), z_label])
             if group is not None:
                 dist.all_reduce(sums, group=group)
-            normalizer[part] = top + sums[0].log()
+            log_sum = sums[0].log()
+            normalizer[part] = top + log_sum
             logprobs[part] = sums[2] - normalizer[part]
-            entropy[part] = normalizer[part] - sums[1] / sums[0]
+            entropy[part] = log_sum - sums[1] / sums[0]
         ctx.save_for_backward(hidden, weight, labels, normalizer, entropy)
         ctx.temperature, ctx.softcap, ctx.chunk, ctx.first = temperature, softcap, chunk, first
         ctx.set_materialize_grads(False)

@@ -51,7 +51,10 @@ def load_hf_config(path: str | Path) -> PretrainedConfig:
 
 def _known(model_type: str | None) -> None:
     if model_type not in FAMILIES:
-        raise DataError(f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise DataError(
+            f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)} "
+            "(docs/models.md says how to add one)"
+        )
 
 
 def head_dim(hf: PretrainedConfig) -> int:

@@ -81,16 +81,8 @@ def token_weights(batch: SequenceBatch, aggregation: LossAggregation, max_respon
     return torch.repeat_interleave(per_sequence, lens).float()
 
 
-def build_model(config: Config, path: str | Path, device: torch.device) -> tuple[list[PolicyModel], PretrainedConfig]:
-    """The model of a Hugging Face folder in this rank's part of the layout, and its Hugging Face config.
-
-    Returns:
-        the pieces of the model that this rank holds, first layers first: one, or
-        ``actor.parallel.virtual_pipeline`` of them.
-
-    Raises:
-        DataError: the model is not supported, or its files are not as its config says.
-    """
+def empty_model(config: Config, path: str | Path, device: torch.device) -> tuple[list[PolicyModel], PretrainedConfig]:
+    """As ``build_model``, but the weights are still to be read, and there are no adapters."""
     hf = load_hf_config(path)
     model_config = transformer_config(hf, config.actor, config.model.dtype, device.type == "cpu")
     chunks = [
@@ -103,6 +95,21 @@ def build_model(config: Config, path: str | Path, device: torch.device) -> tuple
         ).to(device)
         for i in range(config.actor.parallel.virtual_pipeline)
     ]
+    return chunks, hf
+
+
+def build_model(config: Config, path: str | Path, device: torch.device) -> tuple[list[PolicyModel], PretrainedConfig]:
+    """The model of a Hugging Face folder in this rank's part of the layout, and its Hugging Face config.
+
+    Returns:
+        the pieces of the model that this rank holds, first layers first: one, or
+        ``actor.parallel.virtual_pipeline`` of them.
+
+    Raises:
+        ConfigError: the layout does not divide the model.
+        DataError: the model is not supported, or its files are not as its config says.
+    """
+    chunks, hf = empty_model(config, path, device)
     load_weights(chunks, hf, path)
     if config.actor.lora.rank:
         add_adapters(chunks, config.actor.lora, config.run.seed)

@@ -68,11 +68,14 @@ class ModelShape:
         kv_heads: key/value heads.
         tied: input and output embeddings are one tensor.
         experts: experts of a layer; 0 in a dense model.
+        gemma2_hidden: hidden size if it is a Gemma 2; its servers also keep the factor on the embeddings, and
+            ``1 + weight`` of every norm.
     """
 
     kv_heads: int
     tied: bool
     experts: int
+    gemma2_hidden: int | None = None
 
     @classmethod
     def of(cls, model_path: str | Path) -> ModelShape:
@@ -82,6 +85,7 @@ class ModelShape:
             kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
             tied=config.get("tie_word_embeddings", config["model_type"].startswith("gemma")),
             experts=config.get("num_experts") or config.get("num_local_experts") or 0,
+            gemma2_hidden=config["hidden_size"] if config["model_type"] == "gemma2" else None,
         )
 
 
@@ -164,6 +168,9 @@ class Expected:
         self.by_rank: list[dict[str, str]] = [{} for _ in range(layout.tensor)]
         self._parts: dict[str, dict[int, Tensor]] = {}
         self._hash: Callable[[Tensor], str] = word_hash if layout.cuda else sha256_hash
+        if shape.gemma2_hidden:
+            scale = torch.tensor(shape.gemma2_hidden**0.5, dtype=layout.dtype)
+            self._finish("model.normalizer", "normalizer", "", [scale])
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one Hugging Face tensor. It may be overwritten afterwards."""
@@ -181,6 +188,8 @@ class Expected:
             self._add_part(f"{parent}{fused}.{kind}", part, tensor, len(FUSED[fused]), fused, kind)
         else:
             self._finish(name, module, kind, [tensor])
+            if self.shape.gemma2_hidden and module.endswith("norm"):
+                self._finish(name.removesuffix(kind) + "gemma_weight", module, kind, [tensor + 1.0])
 
     def _add_part(self, target: str, part: int, tensor: Tensor, count: int, module: str, kind: str) -> None:
         """Keep a part of a fused tensor until all ``count`` are there."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from megatron_mapo.algorithms.metrics import update_metrics
 from megatron_mapo.checkpoint_files import Retention
-from megatron_mapo.config import Config, load_config
+from megatron_mapo.config import Config, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import MapoError
+from megatron_mapo.export import export_run
 from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.hf import named_weights, save_folder
 from megatron_mapo.megatron.logprobs import chunked_logprobs
@@ -156,11 +157,11 @@ def freeze_columns(models: list[str], folder: str) -> None:
         save_file(columns, str(Path(folder) / f"columns_{model}.safetensors"))
 
 
-def score_and_export(layouts: dict[str, list[str]], architectures: list[str], folder: str) -> None:
+def score_and_export(layouts: dict[str, tuple[list[str], list[str]]], folder: str) -> None:
     """In each layout: each float32 model's scores of the batch; each float32 and bfloat16 model written again."""
     out = Path(folder) / "out"
     batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
-    for name, options in layouts.items():
+    for name, (options, architectures) in layouts.items():
         with layout(read_config("unused", options)) as ranks:
             for arch in architectures:
                 policy = Policy(read_config("unused", options), ranks, Path(folder) / "float32" / arch, 1)
@@ -250,6 +251,30 @@ def save_and_continue(case: dict[str, Any], folder: str, checkpoints: str, out: 
         found = _continue(policy, batch, columns, 2)
         if ranks.is_main:
             save_file({k: v.contiguous() for k, v in found.items()}, out)
+
+
+def train_runs(cases: dict[str, dict[str, Any]], folder: str, runs: str) -> None:
+    """Each case leaves a run's folder with one checkpoint, and the weights as rank 0 streamed them."""
+    batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
+    for name, case in cases.items():
+        run_dir = Path(runs) / name
+        model = Path(folder) / case["model"]
+        config = read_config(str(model), [*case["options"], f"run.name={name}"])
+        with layout(config) as ranks:
+            policy = Policy(config, ranks, model, total_updates=4)
+            columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
+            policy.update(batch, columns)
+            checkpoint.save(policy, ranks, run_dir / "checkpoints", 1, {}, keep=1)
+            weights = {n: v.clone() for n, v in policy.named_weights()}
+            if ranks.is_main:
+                save_file(weights, run_dir / "weights.safetensors")
+                (run_dir / "config.yaml").write_text(to_yaml(config))
+
+
+def export_runs(runs: str) -> None:
+    """Each run's checkpoint as a Hugging Face folder, on this process alone."""
+    for run_dir in Path(runs).iterdir():
+        export_run(run_dir, run_dir / "export")
 
 
 def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tiny_models import make_tiny_model
 
 from megatron_mapo.data.packing import PackingSpec, pack
 from megatron_mapo.data.sequences import SequenceBatch
-from megatron_mapo.megatron.attention import _attend, _variable_length
+from megatron_mapo.megatron.attention import _attend, _variable_length, _windowed
 from megatron_mapo.megatron.logprobs import chunked_logprobs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,8 +29,9 @@ def make_batch() -> SequenceBatch:
     return SequenceBatch.from_responses(prompts, responses)
 
 
+@pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_variable_length_kernel_equals_padded_blocks(dtype: torch.dtype, bound: float) -> None:
+def test_variable_length_kernel_equals_padded_blocks(dtype: torch.dtype, bound: float, window: int | None) -> None:
     """Also behind the last row, where padding to a multiple of 16 stands and zeros must come out."""
     batch = make_batch()
     packed = pack(batch, torch.arange(4), {}, PackingSpec(256, multiple=16)).to(torch.device("cuda"))
@@ -40,11 +41,12 @@ def test_variable_length_kernel_equals_padded_blocks(dtype: torch.dtype, bound: 
     assert real < tokens
     g = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(tokens, h, 64, generator=g).to("cuda", dtype) for h in (4, 2, 2))
-    found = _variable_length(query, key, value, plan.cu_seqlens, plan.max_seqlen, 0.125)
+    found = _variable_length(query, key, value, plan.cu_seqlens, plan.max_seqlen, 0.125, window)
     blocks = torch.zeros(tokens, 4, 64, device="cuda")
     for block in plan.blocks:
         wide = (query.float(), key.float(), value.float())
-        blocks = blocks.index_copy(0, block.target, _attend(*wide, block, 0.125))
+        mask = block.mask if window is None else _windowed(block, packed.positions, window)
+        blocks = blocks.index_copy(0, block.target, _attend(*wide, block, mask, 0.125, None))
     torch.testing.assert_close(found.float(), blocks, rtol=bound, atol=bound)
     assert not found[real:].any()
 

@@ -222,10 +222,22 @@ def test_no_verification_when_it_is_off(call, servers, model_path, tmp_path):
     plain.close()
 
 
-@pytest.mark.parametrize(("arch", "count"), [("qwen2", 2), ("qwen3", 1), ("llama_untied", 1)])
-def test_other_architectures_and_several_servers(tmp_path, arch, count):
+@pytest.mark.parametrize(
+    ("arch", "count", "shape"),
+    [
+        ("qwen2", 2, {}),
+        ("qwen3", 1, {}),
+        ("llama_untied", 1, {}),
+        pytest.param("mistral", 1, {"sliding_window": None}, marks=pytest.mark.slow),
+        # On a CPU the server leaves the cap on attention scores out.
+        pytest.param("gemma2", 1, {"attn_logit_softcapping": None}, marks=pytest.mark.slow),
+        # The server does not pad this vocabulary.
+        pytest.param("gemma3_text", 1, {"vocab": 320}, marks=pytest.mark.slow),
+    ],
+)
+def test_other_architectures_and_several_servers(tmp_path, arch, count, shape):
     """Biases, q/k norms, an untied head, a vocabulary that is padded; one broadcast for all servers."""
-    path = make_tiny_model(tmp_path / "model", arch, vocab=300)
+    path = make_tiny_model(tmp_path / "model", arch, **{"vocab": 300} | shape)
     with ServerGroup(server_config(count=count), model_config(path), tmp_path, API_KEY) as servers:
         sync = make_sync(servers, path, tmp_path)
         model = changed(path, 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +168,101 @@ def test_several_files_and_their_index(
     load_weights(model, hf, out)
     save_folder(named_weights(model, hf), out, out)
     assert [f.name for f in out.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_type_that_is_written_stands_in_the_configuration(
+    key: str, folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    """A bfloat16 folder trained in float32, written in both; the way there and back loses nothing."""
+    source = tmp_path / "source"
+    shutil.copytree(folder("qwen3", torch.bfloat16), source)
+    settings = json.loads((source / "config.json").read_text())
+    settings[key] = settings.pop("dtype")
+    (source / "config.json").write_text(json.dumps(settings))
+    model, hf = build_model(config, source, runtime.device)
+    wide = save_folder(named_weights(model, hf), source, tmp_path / "wide")
+    narrow = save_folder(named_weights(model, hf), source, tmp_path / "narrow", dtype=torch.bfloat16)
+    expected = load_file(source / "model.safetensors")
+    assert_same_tensors(load_file(narrow / "model.safetensors"), expected)
+    assert_same_tensors(load_file(wide / "model.safetensors"), {n: v.float() for n, v in expected.items()})
+    assert json.loads((narrow / "config.json").read_text()) == settings
+    assert json.loads((wide / "config.json").read_text()) == settings | {key: "float32"}
+    assert AutoModelForCausalLM.from_pretrained(wide).dtype is torch.float32
+
+
+def test_a_card_is_written_where_there_is_none(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder("llama"), source)
+    model, hf = build_model(config, source, runtime.device)
+    save_folder(named_weights(model, hf), source, tmp_path / "out", card="ours")
+    assert (tmp_path / "out" / "README.md").read_text() == "ours"
+    (source / "README.md").write_text("theirs")
+    save_folder(named_weights(model, hf), source, tmp_path / "out", card="ours")
+    assert (tmp_path / "out" / "README.md").read_text() == "theirs"
+
+
+EXPORT_PEAK = """
+import ctypes, sys
+from pathlib import Path
+from megatron_mapo.config import Config, Dtype
+from megatron_mapo.megatron import runtime
+from megatron_mapo.megatron.hf import named_weights, save_folder
+from megatron_mapo.megatron.policy import build_model
+
+def mib(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) / 1024
+
+source, shard = Path(sys.argv[1]), int(sys.argv[2])
+config = Config()
+config.model.dtype = Dtype.float32
+config.trainer.threads = 1
+trainers = runtime.initialize(config)
+model, hf = build_model(config, source, trainers.device)
+ctypes.CDLL(None).malloc_trim(0)  # what loading has freed would hide what saving takes
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts here
+before = mib("VmRSS")
+save_folder(named_weights(model, hf), source, source.parent / "out", shard_bytes=shard)
+print(mib("VmHWM") - before)
+trainers.close()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
+def test_an_export_holds_one_shard_in_memory(tmp_path: Path) -> None:
+    """And the tensors in flight: 103 MiB in files of 24 MiB; gate and up, which come together, have 8 MiB."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 7, "num_attention_heads": 8}
+    source = make_tiny_model(tmp_path / "source", "llama", **shape)
+    command = [sys.executable, "-c", EXPORT_PEAK, str(source), str(24 << 20)]
+    # Freed tensors go back to the system at once: the mark is of what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) >= 5
+    assert sum(file.stat().st_size for file in files) > 100 << 20
+    assert float(done.stdout) <= 24 + 8 + 2
+
+
+def test_weights_in_another_layout_beside_the_model_are_not_read(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    """With an index and without one. A file that the index names must be there."""
+    source = tmp_path / "source"
+    shutil.copytree(folder("mistral"), source)
+    save_file({"layers.0.attention.wq.weight": torch.zeros(64, 64)}, source / "consolidated.safetensors")
+    model, hf = build_model(config, source, runtime.device)
+    out = save_folder(named_weights(model, hf), source, tmp_path / "out", shard_bytes=100_000)
+    shutil.copy(source / "consolidated.safetensors", out)
+    build_model(config, out, runtime.device)
+    second = sorted(out.glob("model-*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(DataError, match=f"names {second.name}, which is not there"):
+        build_model(config, out, runtime.device)
 
 
 def test_a_failed_save_leaves_the_old_folder(

@@ -71,6 +71,17 @@ def test_capped_logits_are_those_of_autograd(through: tuple[bool, bool], tempera
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
 
 
+def test_float32_is_accurate_at_a_real_vocabulary() -> None:
+    """A dot product over so many terms would be off by 1e-3."""
+    hidden, weight, labels = make_case(8, 576, 49152, torch.float32)
+    with torch.no_grad():
+        weight *= 0.15
+        found = chunked_logprobs(hidden, weight, labels)
+        expected = dense(hidden, weight, labels, 1.0, None)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 3e-5
+
+
 def test_bfloat16_hidden_states_are_scored_in_float32() -> None:
     """Logits come out of the product in bfloat16; everything behind it is float32."""
     hidden, weight, labels = make_case(20, 16, 50, torch.bfloat16)

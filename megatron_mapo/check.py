@@ -1,0 +1,111 @@
+"""A model's log-probs here against those of transformers: the check behind every conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_mapo.config import Config, Dtype
+from megatron_mapo.data.packing import PackingSpec, pack
+from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.megatron import runtime
+from megatron_mapo.megatron.model import forward_microbatch
+from megatron_mapo.megatron.policy import build_model
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the two lie apart on one sequence.
+
+    Attributes:
+        tokens: length of the sequence.
+        largest: largest difference of a token's log-prob or of an entropy (nat).
+        mean: mean difference of a token's log-prob (nat).
+    """
+
+    tokens: int
+    largest: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What ``check_model`` found.
+
+    Attributes:
+        differences: one per sequence.
+        window: the model's sliding window where no sequence is longer, so that it is not exercised; else None.
+    """
+
+    differences: list[Difference]
+    window: int | None
+
+    @property
+    def largest(self) -> float:
+        """Over all sequences (nat)."""
+        return max(difference.largest for difference in self.differences)
+
+
+@torch.no_grad()
+def check_model(path: Path, length: int) -> CheckResult:
+    """Score random token sequences in float32, on one process: here, packed, and with transformers, one by one.
+
+    Args:
+        path: Hugging Face folder.
+        length: tokens of the longest sequence, at least 16; others have 1/2, 1/4 and 1/8 of it.
+
+    Raises:
+        DataError: the model is not supported, or its files are not as its config says.
+    """
+    config = Config()
+    config.model.dtype = Dtype.float32
+    config.rollout.temperature = 1.0
+    trainers = runtime.initialize(config)
+    try:
+        (model,), hf = build_model(config, path, trainers.device)
+        lengths = [length // part for part in (1, 2, 4, 8)]
+        batch = _random_sequences(lengths, hf.vocab_size)
+        packed = pack(batch, torch.arange(len(batch)), {}, PackingSpec(max_tokens=sum(lengths)))
+        found = torch.empty(2, len(batch.rollout_logprobs))
+        found[:, packed.response_index] = forward_microbatch(model.eval(), packed.to(trainers.device)).cpu()
+        del model  # the two models are not in memory together
+        windows = getattr(hf, "sliding_window", None)
+        expected = _transformers_scores(path, batch, trainers.device)
+        return CheckResult(_differences(found, expected, batch), windows if windows and windows >= length else None)
+    finally:
+        trainers.close()
+
+
+def _random_sequences(lengths: list[int], vocab_size: int) -> SequenceBatch:
+    """Each of a prompt of one token and a response, in a group of its own."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    return SequenceBatch.from_responses([r[:1] for r in rows], [r[1:] for r in rows], group_ids=range(len(rows)))
+
+
+def _transformers_scores(path: Path, batch: SequenceBatch, device: torch.device) -> Tensor:
+    """Log-probs and entropies of all response tokens, ``[2, R]``."""
+    # The eager attention is the one that knows every option; some kernels leave a cap on scores out.
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    )
+    model = model.to(device).eval()
+    out = []
+    for i in range(len(batch)):
+        tokens = batch.tokens[batch.offsets[i] : batch.offsets[i + 1]].long().to(device)
+        logp = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+        out.append(torch.stack([logp.gather(1, tokens[1:, None])[:, 0], -(logp.exp() * logp).sum(-1)]))
+    return torch.cat(out, 1).cpu()
+
+
+def _differences(found: Tensor, expected: Tensor, batch: SequenceBatch) -> list[Difference]:
+    apart = (found - expected).abs()
+    out = []
+    for i, length in enumerate(batch.lengths.tolist()):
+        own = apart[:, batch.response_offsets[i] : batch.response_offsets[i + 1]]
+        out.append(Difference(length, float(own.max()), float(own[0].mean())))
+    return out

@@ -1,0 +1,70 @@
+"""A Hugging Face model -> a Megatron checkpoint of its weights, on one CPU or GPU process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+
+from megatron_mapo.config import Config, Dtype
+from megatron_mapo.errors import CheckpointError, DataError
+from megatron_mapo.megatron import runtime
+from megatron_mapo.megatron.checkpoint import sharded_model
+from megatron_mapo.megatron.hf_folder import copy_companions
+from megatron_mapo.megatron.model import load_hf_config
+from megatron_mapo.megatron.policy import build_model
+
+WEIGHTS = "megatron"
+"""Folder of the Megatron checkpoint inside an imported model."""
+
+
+def import_folder(source: Path, out: Path, dtype: Dtype | None = None) -> Path:
+    """Write the weights of a Hugging Face folder as a Megatron checkpoint (``torch_dist``) that any layout reads.
+
+    Args:
+        source: Hugging Face folder.
+        out: folder to write; it must not exist. It holds ``megatron/``, and the configuration and tokenizer of
+            ``source``, so that an export needs nothing else.
+        dtype: type of the weights; None: that of ``source``.
+
+    Raises:
+        CheckpointError: ``out`` exists.
+        DataError: the model is not supported, or its files are not as its config says.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists: name another folder")
+    config = Config()
+    config.model.dtype = dtype or stored_dtype(source)
+    trainers = runtime.initialize(config)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        chunks, _ = build_model(config, source, trainers.device)
+        (partial / WEIGHTS).mkdir(parents=True)
+        copy_companions(source, partial)
+        state = {"model": sharded_model(chunks), "dtype": config.model.dtype.value}
+        dist_checkpointing.save(state, str(partial / WEIGHTS))
+    finally:
+        trainers.close()
+    partial.rename(out)
+    return out
+
+
+def stored_dtype(source: Path) -> Dtype:
+    """The type of a Hugging Face folder's weights, as its config.json says.
+
+    Raises:
+        DataError: it says none, or another than float32 and bfloat16.
+    """
+    name = str(load_hf_config(source).dtype).removeprefix("torch.")
+    if name not in (Dtype.float32, Dtype.bfloat16):
+        raise DataError(f"{source}/config.json names the type {name}; choose --dtype float32 or bfloat16")
+    return Dtype(name)
+
+
+def read_imported(folder: Path) -> tuple[Config, Path]:
+    """Configuration of one process for an imported model, and where its Megatron checkpoint is."""
+    config = Config()
+    config.model.dtype = Dtype(dist_checkpointing.load_common_state_dict(str(folder / WEIGHTS))["dtype"])
+    return config, folder / WEIGHTS

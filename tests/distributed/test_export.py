@@ -1,0 +1,47 @@
+"""A checkpoint of any layout becomes a Hugging Face folder on one process, bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Launcher
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+TP, PP, CP = "actor.parallel.tensor=2", "actor.parallel.pipeline=2", "actor.parallel.context=2"
+CASES = {
+    "tp2": {"model": "llama", "options": [TP, "actor.parallel.sequence=true"]},
+    "pp2": {"model": "llama_untied", "options": [PP]},
+    "pp2-tied": {"model": "gemma3_text", "options": [PP]},
+    "cp2": {"model": "qwen2", "options": [CP]},
+    "dp2": {"model": "gemma2", "options": []},
+    "dp2-bfloat16": {"model": "qwen3", "options": ["model.dtype=bfloat16"]},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    launcher.run(2, "train_runs", {"cases": CASES, "folder": str(frozen), "runs": str(folder)})
+    launcher.run(1, "export_runs", {"runs": str(folder)})
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_is_what_was_trained(name: str, runs: Path, frozen: Path) -> None:
+    found = load_file(runs / name / "export" / "model.safetensors")
+    trained = load_file(runs / name / "weights.safetensors")
+    source = load_file(frozen / CASES[name]["model"] / "model.safetensors")
+    assert found.keys() == trained.keys() == source.keys()
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    for key, value in trained.items():
+        assert found[key].dtype == dtype
+        assert torch.equal(found[key], value), key
+        assert found[key].shape == source[key].shape
+    assert any(not torch.equal(found[key].float(), value) for key, value in source.items()), "something was trained"
+    assert AutoModelForCausalLM.from_pretrained(runs / name / "export").dtype == dtype
+    card = (runs / name / "export" / "README.md").read_text()
+    assert "after 1 step of" in card
+    assert "| mix |" in card
