@@ -1,4 +1,4 @@
-"""The frozen batch and the tiny models that all layouts train on."""
+"""The launcher of ranks, and the folder of what they train on."""
 
 from __future__ import annotations
 
@@ -6,37 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from frozen_batch import build_frozen
 from harness import Launcher
-from tiny_models import ARCHITECTURES, make_tiny_model
-
-from megatron_mapo.data.sequences import SequenceBatch
-
-VOCAB = 301
-"""Odd, so that tensor parallelism has to pad it."""
-MODELS = {name: (name, {}) for name in ARCHITECTURES} | {
-    "deep": ("llama_untied", {"num_hidden_layers": 4}),
-    "deep_tied": ("llama", {"num_hidden_layers": 4}),
-}
-"""Name -> architecture and shape."""
-
-
-def frozen_batch() -> SequenceBatch:
-    """Four groups, shared and differing prompts, one empty response, responses from 1 to 31 tokens."""
-    g = torch.Generator().manual_seed(0)
-
-    def tokens(n: int) -> list[int]:
-        return torch.randint(0, VOCAB, (n,), generator=g).tolist()
-
-    prompts, responses, ids = [], [], []
-    for group, (prompt_len, lens) in enumerate([(12, [5, 9, 20]), (1, [3, 1]), (33, [31, 2, 0]), (7, [14])]):
-        prompt = tokens(prompt_len)
-        for n in lens:
-            prompts.append(prompt)
-            responses.append(tokens(n))
-            ids.append(group)
-    prompts[1] = [*prompts[1][:-1], (prompts[1][-1] + 1) % VOCAB]
-    return SequenceBatch.from_responses(prompts, responses, group_ids=ids)
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +20,5 @@ def launcher() -> Iterator[Launcher]:
 
 @pytest.fixture(scope="session")
 def frozen(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``batch.safetensors``, one model folder and one file of columns per architecture."""
+    """See ``build_frozen``."""
     return build_frozen(launcher, tmp_path_factory.mktemp("frozen"))
-
-
-def build_frozen(launcher: Launcher, folder: Path) -> Path:
-    """Fill ``folder``."""
-    for name, (arch, shape) in MODELS.items():
-        make_tiny_model(folder / name, arch, vocab=VOCAB, **shape)
-    frozen_batch().save(folder / "batch.safetensors")
-    launcher.run(1, "freeze_columns", {"models": list(MODELS), "folder": str(folder)})
-    return folder

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent, HERE.parents[1] / "benchmarks")]
 
-from conftest import build_frozen  # noqa: E402
+from frozen_batch import build_frozen  # noqa: E402
 from harness import Launcher  # noqa: E402
 from machine import describe_machine, machine_lines  # noqa: E402
 from report import markdown_table  # noqa: E402

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import frozen_batch
+from frozen_batch import frozen_batch
 from harness import Launcher
 from reference import transformers_scores
 from safetensors.torch import load_file
