@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def test_a_run_that_trains_adapters(workspace: Path, server_url: str) -> None:
     for name, value in exported.items():
         assert torch.equal(value, before[name]) == ("_proj" not in name), name
         assert (value - merged[name]).abs().max() <= 1e-6 * value.abs().max(), name
+    again = workspace / "again"
+    done = run([sys.executable, "-m", "megatron_mapo", "export", str(folder), str(again)])
+    assert done.returncode == 0, done.stderr
+    found = load_file(again / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in exported.items())
     # Adapters only: the frozen weights stay in the model's folder.
     size = sum(file.stat().st_size for file in (folder / "checkpoints/step_000003").iterdir())
     assert size < (workspace / "model/model.safetensors").stat().st_size
