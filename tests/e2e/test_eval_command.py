@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import environment, rows, run
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mapo.algorithms.evaluation import bootstrap_interval
 from megatron_mapo.data.chat import PromptEncoder
-from runs import environment, rows, run
 
 MAX_TOKENS = 12
 QUESTIONS = [f"What is {i} plus 2?" for i in range(8)]

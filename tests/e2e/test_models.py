@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from runs import API_KEY, command, rows, run
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from megatron_mapo.config import Dtype, ModelConfig, ServerConfig
 from megatron_mapo.rollout.server import ServerGroup
-from runs import API_KEY, command, rows, run
 
 
 def test_a_run_that_trains_adapters(workspace: Path, server_url: str) -> None:

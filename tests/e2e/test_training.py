@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import command, environment, rows, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from runs import command, environment, rows, run
 
 LOGGED = [
     *("reward/mean", "reward/accuracy", "response/length_mean", "response/truncated", "group/zero_advantage"),
