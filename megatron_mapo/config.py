@@ -416,8 +416,14 @@ class TrainerConfig:
     """Write a Hugging Face folder `export/` into the run folder after the last step."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    hang_timeout: float = 1500.0
+    """Seconds that one phase of a step may take; then all ranks write their stacks and end. Below the next one."""
     collective_timeout: float = 1800.0
     """Seconds until a collective that not all ranks joined is an error."""
+    max_skipped: int = 3
+    """Updates whose loss or gradient is not finite are skipped; this many in a row stop the run."""
+    straggler_ratio: float = 2.0
+    """Name a rank that takes this many times the median for the same local work, three steps in a row."""
     threads: int = 0
     """CPU threads of one rank; 0: all cores shared evenly by the ranks of this machine. Ignored on CUDA."""
 
@@ -636,7 +642,7 @@ _RANGES: tuple[_Check, ...] = (
         "rollout.prompts_per_step rollout.max_prompt_tokens rollout.max_response_tokens rollout.concurrency "
         "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
         "rollout.server.max_running_requests rollout.sync.bucket_mb "
-        "reward.workers data.eval_limit trainer.steps trainer.keep_checkpoints "
+        "reward.workers data.eval_limit trainer.steps trainer.max_skipped trainer.keep_checkpoints "
         "run.resume_step",
     ),
     (
@@ -661,9 +667,11 @@ _RANGES: tuple[_Check, ...] = (
         "greater than 0 and finite",
         lambda v: 0 < v < math.inf,
         "actor.optim.lr actor.optim.clip_grad actor.lora.alpha rollout.temperature rollout.timeout "
-        "rollout.server.startup_timeout rollout.sync.timeout reward.timeout trainer.collective_timeout",
+        "rollout.server.startup_timeout rollout.sync.timeout reward.timeout trainer.hang_timeout "
+        "trainer.collective_timeout",
     ),
     ("finite", math.isfinite, "actor.adv_norm.success_threshold reward.correct reward.wrong"),
+    ("greater than 1 and finite", lambda v: 1 < v < math.inf, "trainer.straggler_ratio"),
     ("from 0 to 1", lambda v: 0 <= v <= 1, "actor.loss.clip_low"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "actor.optim.beta1 actor.optim.beta2"),
     ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "rollout.server.mem_fraction"),
@@ -702,6 +710,7 @@ def validate(config: Config) -> None:
                 raise ConfigError(f"{key} must be {text}, got {value!r}")
     _validate_advantages(config)
     _validate_actor(config)
+    _validate_trainer(config)
     _validate_rollout(config)
     _validate_data(config)
     _validate_checkpoints(config)
@@ -794,6 +803,15 @@ def _validate_actor(config: Config) -> None:
         not optim.overlap_param_gather or (optim.distributed and optim.overlap_grad_reduce),
         "actor.optim.overlap_param_gather=true needs actor.optim.distributed=true and "
         "actor.optim.overlap_grad_reduce=true",
+    )
+
+
+def _validate_trainer(config: Config) -> None:
+    trainer = config.trainer
+    _require(
+        trainer.hang_timeout < trainer.collective_timeout,
+        f"trainer.hang_timeout ({trainer.hang_timeout:g}) must be below trainer.collective_timeout "
+        f"({trainer.collective_timeout:g}), or a hang ends as a failed collective without the ranks' stacks",
     )
 
 

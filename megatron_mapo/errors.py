@@ -53,6 +53,12 @@ class TrainingError(MapoError):
     exit_code = 8
 
 
+class HangError(MapoError):
+    """A rank made no progress for ``trainer.hang_timeout`` seconds; all ranks were ended."""
+
+    exit_code = 12
+
+
 class HubError(MapoError):
     """The Hugging Face hub refused an upload, or could not be reached."""
 

@@ -29,6 +29,7 @@ from megatron_mapo.config import Config, OldLogprobs, Resume, load_config, to_ya
 from megatron_mapo.data.sequences import SequenceBatch, ragged_indices
 from megatron_mapo.errors import CheckpointError, ConfigError, MapoError, TrainingError
 from megatron_mapo.hardware import settle_dtype
+from megatron_mapo.health import Health
 from megatron_mapo.megatron import checkpoint, hf, runtime
 from megatron_mapo.megatron.checkpoint import Checkpointer
 from megatron_mapo.megatron.lora import save_adapter
@@ -38,6 +39,7 @@ from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.evaluation import row_order
 from megatron_mapo.rollout.session import RolloutSession
 from megatron_mapo.tracking import Tracker
+from megatron_mapo.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -45,16 +47,17 @@ T = TypeVar("T")
 class Clock:
     """Seconds of each phase of a step."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, watchdog: Watchdog) -> None:
+        self.runtime, self.watchdog = runtime, watchdog
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside to ``name``."""
         start = time.perf_counter()
-        yield
-        self.runtime.synchronize()
+        with self.watchdog.phase(name):
+            yield
+            self.runtime.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -73,18 +76,22 @@ class Trainer:
         retention = Retention(keep.keep_checkpoints, keep.keep_every, keep.keep_best)
         self.checkpointer = Checkpointer(runtime, self.checkpoints, retention)
         self.step = 0
+        self.health = Health(runtime, keep, self.run_dir)
+        hangs = self.run_dir / "hangs" / runtime.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+        self.watchdog = Watchdog(hangs, runtime.rank, runtime.world_size, keep.hang_timeout)
         self.rollout: RolloutSession | None = None
         self.tracker: Tracker | None = None
 
     def open(self) -> None:
         """Find the model, build the policy, connect to the servers, and resume if there is a checkpoint."""
         actor = self.config.actor
-        self.model_path = self.on_main(self._prepare)
-        updates = self.config.trainer.steps * actor.epochs * actor.mini_batches
-        self.policy = Policy(self.config, self.runtime, self.model_path, updates)
-        self.on_main(self._open_rollout)
-        self._resume()
-        self.on_main(self._open_tracker)
+        with self.watchdog.phase("start"):
+            self.model_path = self.on_main(self._prepare)
+            updates = self.config.trainer.steps * actor.epochs * actor.mini_batches
+            self.policy = Policy(self.config, self.runtime, self.model_path, updates)
+            self.on_main(self._open_rollout)
+            self._resume()
+            self.on_main(self._open_tracker)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0's ``work()`` on every rank; if it fails there, the same error on every rank."""
@@ -175,8 +182,9 @@ class Trainer:
         if self.step == 0 and settings.evaluation.at_start:
             self.evaluate()
         while self.step < settings.steps:
-            self.train_step()
-            self.checkpointer.poll()
+            with self.watchdog.phase(f"step {self.step + 1}"):
+                self.train_step()
+                self.checkpointer.poll()
             last = self.step == settings.steps
             interval = settings.evaluation.interval
             score = None
@@ -185,13 +193,14 @@ class Trainer:
                 score = self._score(self.evaluate())
             if last or (settings.save_interval and self.step % settings.save_interval == 0):
                 self.save(score)
-        self.checkpointer.wait()
-        if settings.export:
-            self.export(self.run_dir / "export")
+        with self.watchdog.phase("end"):
+            self.checkpointer.wait()
+            if settings.export:
+                self.export(self.run_dir / "export")
 
     def train_step(self) -> None:
         """One rollout batch, its update(s), and the new weights on the servers."""
-        clock = Clock(self.runtime)
+        clock = Clock(self.runtime, self.watchdog)
         start = time.perf_counter()
         with clock.phase("rollout"):
             batch = self.on_main(lambda: self._main_rollout.sample(self.step))
@@ -209,8 +218,9 @@ class Trainer:
         metrics["seconds/step"] = seconds
         metrics["speed/response_tokens_per_second"] = int(batch.response_lens.sum()) / seconds
         metrics["speed/tokens_per_second"] = len(batch.tokens) / seconds
-        metrics["memory/peak_gib"] = max(self.runtime.gather(self.runtime.peak_memory_gib()))
+        metrics |= self.health.compare_ranks()
         self.on_main(lambda: self._log(batch, advantages, metrics))
+        self.health.check_finite(self.step, metrics["optim/skipped"] > 0, batch)
         self._check_mismatch(metrics)
 
     def score(self, batch: SequenceBatch, clock: Clock) -> tuple[dict[str, Tensor], TokenScores | None]:
@@ -294,14 +304,16 @@ class Trainer:
             "optim/grad_norm": max(r.grad_norm for r, _ in results),
             "optim/learning_rate": last.learning_rate,
             "optim/updates": float(len(results)),
+            "optim/skipped": float(sum(r.skipped for r, _ in results)),
             "speed/packed_tokens": float(sum(r.packed_tokens for r, _ in results)),
             "speed/trained_share": float(first.scores.computed.double().mean()),
         }
 
     def sync_weights(self) -> None:
         """Give the servers the actor's weights, as version ``step``."""
-        weights = self.policy.named_weights()
-        self.main_with(weights, lambda weights: self._main_rollout.update_weights(weights, self.step))
+        with self.watchdog.phase("weight_sync"):
+            weights = self.policy.named_weights()
+            self.main_with(weights, lambda weights: self._main_rollout.update_weights(weights, self.step))
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the servers' current weights on held-out prompts; nothing without ``data.eval``.
@@ -309,7 +321,8 @@ class Trainer:
         Returns:
             what was logged, on every rank: ``pass_at_1``, ... (see ``rollout.evaluation.Tally.metrics``).
         """
-        return {} if self.config.data.eval is None else self.on_main(self._evaluate)
+        with self.watchdog.phase("evaluation"):
+            return {} if self.config.data.eval is None else self.on_main(self._evaluate)
 
     def _evaluate(self) -> dict[str, float]:
         samples: list[dict[str, Any]] = []
@@ -333,10 +346,11 @@ class Trainer:
         Args:
             score: the evaluation at this step, if there was one.
         """
-        state = self.on_main(lambda: {"prompts": self._main_rollout.prompts.state_dict()})
-        self.checkpointer.start(self.policy, self.step, state, score)
-        if not self.config.trainer.async_save:
-            self.checkpointer.wait()
+        with self.watchdog.phase("save"):
+            state = self.on_main(lambda: {"prompts": self._main_rollout.prompts.state_dict()})
+            self.checkpointer.start(self.policy, self.step, state, score)
+            if not self.config.trainer.async_save:
+                self.checkpointer.wait()
 
     def export(self, out: Path) -> None:
         """Write the actor as a Hugging Face folder and, under LoRA, its adapters as PEFT's ``adapter/`` beside it."""
@@ -362,6 +376,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close connections, verifier processes and files, and give up a checkpoint that is still being written."""
+        self.watchdog.close()
         self.checkpointer.close()
         if self.rollout is not None:
             self.rollout.close()

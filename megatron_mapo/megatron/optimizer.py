@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,4 +77,25 @@ def build_optimizer(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    _refuse_not_finite(optimizer)
     return optimizer, scheduler
+
+
+class NotFinite(ArithmeticError):
+    """The global gradient norm is infinite or no number."""
+
+
+def _refuse_not_finite(optimizer: MegatronOptimizer) -> None:
+    """``step`` raises ``NotFinite`` on all ranks before it changes anything.
+
+    megatron looks for infinities only under a loss scale, which bfloat16 and float32 have none of.
+    """
+    measure = optimizer.get_grad_norm
+
+    def get_grad_norm() -> float:
+        norm = measure()
+        if not math.isfinite(norm):
+            raise NotFinite(f"gradient norm {norm}")
+        return norm
+
+    optimizer.get_grad_norm = get_grad_norm

@@ -19,11 +19,10 @@ from megatron_mapo.algorithms.policy_loss import policy_loss
 from megatron_mapo.config import Config, LossAggregation, ReferencePlacement
 from megatron_mapo.data.packing import PackedBatch, PackingSpec, equal_lengths, pack, plan_microbatches
 from megatron_mapo.data.sequences import SequenceBatch
-from megatron_mapo.errors import TrainingError
 from megatron_mapo.megatron.hf import load_weights, named_adapters, named_weights
 from megatron_mapo.megatron.lora import BaseReference, add_adapters
 from megatron_mapo.megatron.model import PolicyModel, forward_microbatch, load_hf_config, transformer_config
-from megatron_mapo.megatron.optimizer import build_optimizer, data_parallel
+from megatron_mapo.megatron.optimizer import NotFinite, build_optimizer, data_parallel
 from megatron_mapo.megatron.reference import DeviceReference, HostReference, Reference
 from megatron_mapo.megatron.runtime import Runtime
 
@@ -50,7 +49,8 @@ class UpdateResult:
     Attributes:
         scores: log-probs and entropies from just before the step.
         loss: the whole loss (a sum over all ranks and microbatches).
-        grad_norm: global gradient norm before clipping.
+        grad_norm: global gradient norm before clipping; NaN where it, or the loss, is not finite.
+        skipped: nothing was changed, because of that.
         learning_rate: of this step.
         packed_tokens: tokens that went through the model, on all data-parallel ranks together.
     """
@@ -58,6 +58,7 @@ class UpdateResult:
     scores: TokenScores
     loss: float
     grad_norm: float
+    skipped: bool
     learning_rate: float
     packed_tokens: int
 
@@ -202,8 +203,8 @@ class Policy:
             rows: the sequences that take part (the others must not contribute to the gradient);
                 None: all.
 
-        Raises:
-            TrainingError: loss or gradient norm is not finite.
+        Returns:
+            what was found out; an update whose loss or gradient is not finite changes nothing.
         """
         rows = torch.arange(len(batch)) if rows is None else rows
         self.scheduler.step(1)
@@ -214,19 +215,23 @@ class Policy:
         microbatches = self._microbatches(batch, rows, columns)
         outputs = self._run(self.ddp, microbatches, forward_only=False)
         loss, packed_tokens = self._total(outputs, microbatches)
-        _, grad_norm, _ = self.optimizer.step()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(
-                f"loss {loss} and gradient norm {grad_norm}: not finite. The last checkpoint is not touched; "
-                "lower actor.optim.lr, or look at the step's samples"
-            )
+        grad_norm = self._step() if math.isfinite(loss) else math.nan
         return UpdateResult(
             scores=self._collect(outputs, len(batch.rollout_logprobs)),
             loss=loss,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
+            skipped=not math.isfinite(grad_norm),
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             packed_tokens=packed_tokens,
         )
+
+    def _step(self) -> float:
+        """One optimizer step; returns the gradient norm, or NaN if that is not finite and nothing was changed."""
+        try:
+            _, grad_norm, _ = self.optimizer.step()
+        except NotFinite:
+            return math.nan
+        return float(grad_norm)
 
     def _microbatches(self, batch: SequenceBatch, rows: Tensor, columns: dict[str, Tensor]) -> list[PackedBatch]:
         """This rank's microbatches. No rows left still makes one filler, so that a step is a step."""

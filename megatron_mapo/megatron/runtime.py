@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mapo.config import Config, data_parallel_size
+from megatron_mapo.rendezvous import start_store
 
 T = TypeVar("T")
 
@@ -32,6 +34,7 @@ class Runtime:
     rank: int
     world_size: int
     control_group: dist.ProcessGroup
+    _probe: torch.Tensor | None = None
 
     @property
     def is_main(self) -> bool:
@@ -66,6 +69,20 @@ class Runtime:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def probe_seconds(self) -> float:
+        """Seconds of a fixed piece of work on this rank's device, without communication: the least of three."""
+        if self._probe is None:
+            self._probe = torch.ones(256, 256, device=self.device)
+        found = []
+        for _ in range(3):
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(8):
+                torch.mm(self._probe, self._probe)
+            self.synchronize()
+            found.append(time.perf_counter() - start)
+        return min(found)
 
     def close(self) -> None:
         """Leave all process groups."""
@@ -103,7 +120,12 @@ def initialize(config: Config) -> Runtime:
         torch.set_num_threads(threads)
     timeout = datetime.timedelta(seconds=config.trainer.collective_timeout)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
+        rank = int(os.environ["RANK"])
+        store = start_store(rank, world_size, timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -1,0 +1,55 @@
+"""A store for the process group that holds nothing of an earlier start.
+
+torchrun keeps one key-value store for all its restarts, and a process group looks for its peers' addresses there:
+after a restart it can find those of processes that are dead (pytorch issues 135712, 167288). The count of
+restarts in the environment does not tell the starts apart, because each node has its own. So rank 0 names the start by
+a random token, and every other rank makes sure that the rank 0 which wrote it is alive.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+import uuid
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+_PATIENCE = 2.0
+"""Seconds that a rank waits for rank 0's answer before it looks for a newer token."""
+
+
+def start_store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store | None:
+    """The part of torchrun's store that belongs to this start; None if there is no such store. Collective."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world_size == 1:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    token = _lead(store, world_size) if rank == 0 else _follow(store, rank, timeout.total_seconds())
+    return PrefixStore(f"start/{token}", store)
+
+
+def _lead(store: Store, world_size: int) -> str:
+    """Rank 0: name the start, and answer each rank's question with its own words."""
+    token = uuid.uuid4().hex
+    store.set("start/token", token)
+    for rank in range(1, world_size):
+        question = store.get(f"start/{token}/question/{rank}").decode()
+        store.set(f"start/{token}/answer/{rank}", question)
+    return token
+
+
+def _follow(store: Store, rank: int, seconds: float) -> str:
+    """Another rank: believe a token when its author answers; an old one's author is dead."""
+    question = uuid.uuid4().hex
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        token = store.get("start/token").decode()
+        store.set(f"start/{token}/question/{rank}", question)
+        waited_for = time.monotonic() + _PATIENCE
+        while time.monotonic() < waited_for:
+            answer = f"start/{token}/answer/{rank}"
+            if store.check([answer]) and store.get(answer).decode() == question:
+                return token
+            time.sleep(0.01)
+    raise TimeoutError(f"rank {rank}: rank 0 did not answer within {seconds:g} s (trainer.collective_timeout)")

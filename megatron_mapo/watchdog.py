@@ -1,0 +1,141 @@
+"""Ends a run in which some rank stands still, and says where every rank stood.
+
+A thread of each rank watches how long it stays in one phase. When that takes longer than ``trainer.hang_timeout`` that
+rank writes the stacks of its threads into the run's folder; the others see the file, and write theirs. The
+lowest rank that can still answer prints one line a rank: its phase, and the collective or the line it stands in.
+Then all exit, so that ``torchrun --max-restarts`` or Slurm starts them again from the last checkpoint. A
+rank that does not answer is stopped, or its machine is gone.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from megatron_mapo.errors import HangError
+
+_POLL_SECONDS = 5.0
+_GRACE_POLLS = 3
+"""Polls that the ranks wait for each other's stacks."""
+
+
+class Watchdog:
+    """Watches the phases of this rank.
+
+    Args:
+        folder: where stacks are written; all ranks name the same one, which only a hang creates.
+        rank: this rank.
+        world_size: number of ranks.
+        timeout: seconds that a phase may take.
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
+        self.folder, self.rank, self.world_size, self.timeout = folder, rank, world_size, timeout
+        self._poll = min(_POLL_SECONDS, timeout / 4)
+        self._main = threading.get_ident()
+        self._phases: list[str] = []
+        self._changed = time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What this rank does inside the block, from the main thread; phases may be nested."""
+        self._phases.append(name)
+        self._changed = time.monotonic()
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self._changed = time.monotonic()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._poll):
+            late = bool(self._phases) and time.monotonic() - self._changed > self.timeout
+            if late or self.folder.exists():
+                self._dump()
+                self._report()
+                os._exit(HangError.exit_code)
+
+    def _dump(self) -> None:
+        """Write ``rank_N.json`` (a summary) and ``rank_N.txt`` (the stacks)."""
+        summary = {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": " > ".join(self._phases) or "between phases",
+            "seconds": round(time.monotonic() - self._changed, 1),
+            "stands_in": standing_in(self._main),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"rank_{self.rank}.txt").open("w") as file:
+            file.write("".join(f"{key}: {value}\n" for key, value in summary.items()) + "\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        partial = self.folder / f".rank_{self.rank}.json"
+        partial.write_text(json.dumps(summary))
+        partial.rename(self.folder / f"rank_{self.rank}.json")
+
+    def _report(self) -> None:
+        """Wait for the others' summaries; the lowest rank that gave one prints them all."""
+        deadline = time.monotonic() + _GRACE_POLLS * self._poll
+        while len(list(self.folder.glob("rank_*.json"))) < self.world_size and time.monotonic() < deadline:
+            time.sleep(self._poll / 4)
+        found = read_summaries(self.folder)
+        if self.rank == min(found):
+            print_summaries(found, self.world_size, self.folder, self.timeout, sys.stderr)
+
+
+def standing_in(thread: int) -> str:
+    """The collective that a thread of this process is in, else the innermost line of its stack."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "no Python code"
+    stack = traceback.extract_stack(frame)
+    ours = next((f for f in reversed(stack) if "megatron" in f.filename), stack[-1])
+    place = f"{Path(ours.filename).name}:{ours.lineno} in {ours.name}"
+    collective = next(
+        (f.name for f in reversed(stack) if f.filename.endswith("distributed_c10d.py") and not f.name.startswith("_")),
+        None,
+    )
+    return f"{collective}, called from {place}" if collective else place
+
+
+def read_summaries(folder: Path) -> dict[int, dict[str, object]]:
+    """What the ranks wrote, by rank."""
+    found = (json.loads(file.read_text()) for file in folder.glob("rank_*.json"))
+    return {summary["rank"]: summary for summary in found}
+
+
+def print_summaries(
+    found: dict[int, dict[str, object]], world_size: int, folder: Path, timeout: float, out: TextIO
+) -> None:
+    """One line a rank, and where the stacks are."""
+    lines = [f"error: no progress for {timeout:g} s (trainer.hang_timeout): all ranks end. They stand here:"]
+    for rank in range(world_size):
+        if rank in found:
+            said = found[rank]
+            lines.append(
+                f"  rank {rank} ({said['host']}, pid {said['pid']}): {said['phase']} "
+                f"for {said['seconds']} s, in {said['stands_in']}"
+            )
+        else:
+            lines.append(f"  rank {rank}: no answer; it is stopped, or its machine is gone")
+    lines.append(f"stacks of all threads: {folder}")
+    print("\n".join(lines), file=out, flush=True)
