@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     train = _run_parser(commands, "train", "train in this process (or: torchrun -m megatron_mapo.train)", _train)
     _dry_run(train)
 
-    _run_parser(commands, "serve", "start the generation servers and stay with them", _serve)
+    serve = _run_parser(commands, "serve", "start the generation servers and stay with them", _serve)
+    serve.add_argument("--log-dir", type=Path, metavar="DIR", help="folder of their logs (default: RUN/logs)")
 
     _eval_parser(commands)
 
@@ -201,7 +202,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     try:
         with stop_signals():
-            serve(config)
+            serve(config, arguments.log_dir)
     except Stopped:
         print("servers ended", file=sys.stderr)
         return 0  # a signal is the way to end this command

@@ -51,3 +51,12 @@ class TrainingError(MapoError):
     """Training cannot go on: not-finite numbers, or server and trainer disagree on log-probs."""
 
     exit_code = 8
+
+
+class Preempted(MapoError):
+    """A signal asked the run to end, and it saved a checkpoint first. The same command goes on from there.
+
+    The code is ``EX_TEMPFAIL`` of sysexits.h: try again.
+    """
+
+    exit_code = 75
