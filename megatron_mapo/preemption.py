@@ -3,8 +3,8 @@
 SIGUSR1 or SIGTERM to any rank is enough. A second SIGTERM ends the process at once.
 
 Batch systems send their signals to every process of a job, verifiers and servers included. A launcher therefore
-blocks both signals before it starts a rank (``launch.slurm_task``). A blocked signal stays pending, cannot end the rank's
-children, which inherit the mask, and is not lost while the rank is still starting.
+blocks both signals before it starts a rank (``launch.slurm_task``). A blocked signal stays pending, cannot end the
+rank's children, which inherit the mask, and is not lost while the rank is still starting.
 """
 
 from __future__ import annotations

@@ -81,9 +81,7 @@ def make_log_folder(config: Config) -> Path:
     return folder
 
 
-def start_servers(
-    config: Config, api_key: str | None, console: Console, log_dir: Path | None = None
-) -> ServerGroup:
+def start_servers(config: Config, api_key: str | None, console: Console, log_dir: Path | None = None) -> ServerGroup:
     """Start the servers of ``rollout.server`` and wait until they answer. ``model.path`` must be a folder.
 
     Their logs are in ``log_dir``, or in ``logs`` of the run folder.

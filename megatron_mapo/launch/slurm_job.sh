@@ -10,11 +10,12 @@
 #   MAPO_RESTARTS           how often trainers that crashed are started again within the job
 #   MAPO_TRAIN_PYTHON, MAPO_SERVE_PYTHON  interpreters, as the nodes (or the container) see them
 #   MAPO_CONTAINER          empty, pyxis:IMAGE or apptainer:IMAGE
-#   MAPO_WORKDIR            folder that relative paths in the configuration and the overrides start from; empty: MAPO_REPO
+#   MAPO_WORKDIR            folder that relative paths of the run start from; empty: MAPO_REPO
 #   MAPO_MOUNTS             mounts of the container, SOURCE:TARGET separated by commas
 #   MAPO_INTERFACE          network interface whose addresses servers and trainers use; empty: the nodes find out
 
 MAPO_PREEMPTED=75 # megatron_mapo.errors.Preempted
+MAPO_TASK=megatron_mapo.launch.slurm_task
 MAPO_ASKED=       # the signal that asked this job to end
 MAPO_BEGUN=       # set once trainers were started
 MAPO_SERVERS_PID=
@@ -36,8 +37,9 @@ mapo_settings() {
   : "${MAPO_TRAIN_PYTHON:=$python}" "${MAPO_SERVE_PYTHON:=$MAPO_TRAIN_PYTHON}" "${MAPO_CONTAINER:=}" "${MAPO_MOUNTS:=}"
   export MAPO_INTERFACE=${MAPO_INTERFACE:-}
   [ -n "${SLURM_JOB_ID:-}" ] || mapo_fail 2 "this is not a Slurm job: submit the script with sbatch"
-  case $MAPO_LAYOUT in disaggregated | colocated) ;; *) mapo_fail 2 "MAPO_LAYOUT must be disaggregated or colocated" ;; esac
-  case $MAPO_CONTAINER in '' | pyxis:?* | apptainer:?*) ;; *) mapo_fail 2 "MAPO_CONTAINER must be empty, pyxis:IMAGE or apptainer:IMAGE" ;; esac
+  [[ $MAPO_LAYOUT =~ ^(disaggregated|colocated)$ ]] || mapo_fail 2 "MAPO_LAYOUT must be disaggregated or colocated"
+  [[ $MAPO_CONTAINER =~ ^((pyxis|apptainer):.+)?$ ]] ||
+    mapo_fail 2 "MAPO_CONTAINER must be empty, pyxis:IMAGE or apptainer:IMAGE"
   cd "${MAPO_WORKDIR:-$MAPO_REPO}" || exit 2
   # Made for this job, and passed through the environment only: command lines are visible to every user.
   MAPO_API_KEY=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
@@ -51,7 +53,8 @@ mapo_hostnames() { scontrol show hostnames "$1" | paste -sd ' '; }
 mapo_nodes() {
   TRAINER_GROUP=() SERVER_GROUP=()
   if [ -n "${SLURM_HET_SIZE:-}" ]; then
-    [ "$SLURM_HET_SIZE" -eq 2 ] || mapo_fail 2 "a heterogeneous job needs 2 components (trainers, servers), not $SLURM_HET_SIZE"
+    [ "$SLURM_HET_SIZE" -eq 2 ] ||
+      mapo_fail 2 "a heterogeneous job needs 2 components (trainers, servers), not $SLURM_HET_SIZE"
     TRAINER_NODES=$(mapo_hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")
     SERVER_NODES=$(mapo_hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")
     TRAINER_GROUP=(--het-group=0) SERVER_GROUP=(--het-group=1)
@@ -63,7 +66,9 @@ mapo_nodes() {
       local nodes trainers
       read -ra nodes <<<"$MAPO_NODES"
       trainers=$((${#nodes[@]} - MAPO_SERVER_NODES))
-      [ "$trainers" -ge 1 ] || mapo_fail 2 "the job has ${#nodes[@]} node(s), and MAPO_SERVER_NODES=$MAPO_SERVER_NODES leaves none for trainers: ask for more (--nodes), or set MAPO_LAYOUT=colocated"
+      [ "$trainers" -ge 1 ] ||
+        mapo_fail 2 "the job has ${#nodes[@]} node(s), and MAPO_SERVER_NODES=$MAPO_SERVER_NODES leaves none for trainers: \
+ask for more (--nodes), or set MAPO_LAYOUT=colocated"
       TRAINER_NODES=${nodes[*]:0:trainers} SERVER_NODES=${nodes[*]:trainers}
     fi
   fi
@@ -86,7 +91,8 @@ mapo_step() {
   flags+=(--overlap --mem=0 --overcommit --cpu-bind=none --export=ALL --nodelist="${nodes// /,}"
     --nodes="$count" --ntasks="$((count * per_node))" --ntasks-per-node="$per_node")
   case $MAPO_CONTAINER in
-    pyxis:*) flags+=(--container-image="$image" --container-workdir="$PWD" --container-mounts="$PWD:$PWD${MAPO_MOUNTS:+,$MAPO_MOUNTS}") ;;
+    pyxis:*) flags+=(--container-image="$image" --container-workdir="$PWD"
+      --container-mounts="$PWD:$PWD${MAPO_MOUNTS:+,$MAPO_MOUNTS}") ;;
     apptainer:*) set -- apptainer exec --nv --pwd "$PWD" --bind "$PWD${MAPO_MOUNTS:+,$MAPO_MOUNTS}" "$image" "$@" ;;
   esac
   exec srun "${flags[@]}" "$@"
@@ -96,11 +102,11 @@ mapo_step() {
 mapo_check() {
   local ranks out
   ranks=$(($(wc -w <<<"$TRAINER_NODES") * MAPO_TRAINERS_PER_NODE))
-  out=$(mapo_step "${TRAINER_NODES%% *}" 1 "${TRAINER_GROUP[@]}" -- "$MAPO_TRAIN_PYTHON" -m megatron_mapo.launch.slurm_task \
-    check --ranks "$ranks" -- --config "$MAPO_CONFIG" "$@") || exit $?
+  out=$(mapo_step "${TRAINER_NODES%% *}" 1 "${TRAINER_GROUP[@]}" -- "$MAPO_TRAIN_PYTHON" -m "$MAPO_TASK" \
+    check --ranks "$ranks" -- "${MAPO_RUN[@]}") || exit $?
   MAPO_LOGS=${out##*$'\n'}/logs/slurm-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
   mkdir -p "$MAPO_LOGS" || exit 2
-  exec > >(trap '' TERM USR1; exec tee -a "$MAPO_LOGS/job.log") 2>&1
+  exec > >(mapo_tee job.log) 2>&1
 }
 
 mapo_start_servers() {
@@ -108,9 +114,16 @@ mapo_start_servers() {
   [ -z "${SLURM_HET_SIZE:-}" ] && [ "$MAPO_LAYOUT" = colocated ] && skip=$MAPO_TRAINERS_PER_NODE
   mapo_say "starting servers on $SERVER_NODES"
   : >"$MAPO_LOGS/servers.log"
-  mapo_step "$SERVER_NODES" 1 "${SERVER_GROUP[@]}" --label --kill-on-bad-exit=1 -- "$MAPO_SERVE_PYTHON" -m megatron_mapo.launch.slurm_task \
-    serve --logs "$MAPO_LOGS" --trainers "$skip" -- --config "$MAPO_CONFIG" "$@" >>"$MAPO_LOGS/servers.log" 2>&1 &
+  mapo_step "$SERVER_NODES" 1 "${SERVER_GROUP[@]}" --label --kill-on-bad-exit=1 -- \
+    "$MAPO_SERVE_PYTHON" -m "$MAPO_TASK" serve --logs "$MAPO_LOGS" --trainers "$skip" -- "${MAPO_RUN[@]}" \
+    >>"$MAPO_LOGS/servers.log" 2>&1 &
   MAPO_SERVERS_PID=$!
+}
+
+# Slurm's signals go to every process of the script too; what is said afterwards must still arrive.
+mapo_tee() {
+  trap '' TERM USR1
+  exec tee -a "$MAPO_LOGS/$1"
 }
 
 mapo_alive() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
@@ -144,14 +157,13 @@ mapo_nap() {
 }
 
 # One life of the trainers. Sets MAPO_CODE: their exit code, or 5 if the servers ended first.
-mapo_train() { # ATTEMPT, section.key=value...
-  local rendezvous=$MAPO_LOGS/rendezvous-$1
-  shift
+mapo_train() { # ATTEMPT
   mapo_say "starting $MAPO_TRAINERS_PER_NODE trainer rank(s) a node on $TRAINER_NODES"
   # Others get a minute after the first rank has ended: the one that knows the reason is not always the first.
   mapo_step "$TRAINER_NODES" "$MAPO_TRAINERS_PER_NODE" "${TRAINER_GROUP[@]}" --label --kill-on-bad-exit=0 --wait=60 -- \
-    "$MAPO_TRAIN_PYTHON" -m megatron_mapo.launch.slurm_task train --per-node "$MAPO_TRAINERS_PER_NODE" --rendezvous "$rendezvous" -- \
-    --config "$MAPO_CONFIG" "$@" "rollout.urls=[$MAPO_URLS]" > >(trap '' TERM USR1; exec tee -a "$MAPO_LOGS/trainers.log") 2>&1 &
+    "$MAPO_TRAIN_PYTHON" -m "$MAPO_TASK" train --per-node "$MAPO_TRAINERS_PER_NODE" \
+    --rendezvous "$MAPO_LOGS/rendezvous-$1" -- "${MAPO_RUN[@]}" "rollout.urls=[$MAPO_URLS]" \
+    > >(mapo_tee trainers.log) 2>&1 &
   MAPO_TRAINERS_PID=$!
   MAPO_BEGUN=1
   while mapo_alive "$MAPO_TRAINERS_PID" && mapo_alive "$MAPO_SERVERS_PID"; do mapo_nap; done
@@ -202,7 +214,8 @@ mapo_check_progress() {
   [ -z "$MAPO_BEGUN" ] || return 0
   : >"$MAPO_LOGS/ended-before-training"
   if [ -e "${MAPO_LOGS%.*}.$((${SLURM_RESTART_COUNT:-0} - 1))/ended-before-training" ]; then
-    mapo_fail 1 "twice in a row this job was asked to end before training began: --time must be longer than the lead of --signal plus the start of the servers"
+    mapo_fail 1 "twice in a row this job was asked to end before training began: --time must be longer than the lead of \
+--signal plus the start of the servers"
   fi
 }
 
@@ -237,16 +250,17 @@ mapo_run() { # section.key=value...
   trap 'mapo_on_signal USR1' USR1
   trap 'mapo_on_signal TERM' TERM
   trap mapo_cleanup EXIT
-  mapo_say "job $SLURM_JOB_ID: reading $MAPO_CONFIG"
-  mapo_check "$@"
-  mapo_say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): trainers on $TRAINER_NODES; servers on $SERVER_NODES"
+  MAPO_RUN=(${MAPO_CONFIG:+--config "$MAPO_CONFIG"} "$@")
+  mapo_say "job $SLURM_JOB_ID: reading the configuration ${MAPO_RUN[*]}"
+  mapo_check
+  mapo_say "start $((${SLURM_RESTART_COUNT:-0} + 1)): trainers on $TRAINER_NODES; servers on $SERVER_NODES"
   mapo_say "logs of this start: $MAPO_LOGS"
   for ((attempt = 0; ; attempt++)); do
     if ! mapo_alive "$MAPO_SERVERS_PID"; then
-      mapo_start_servers "$@"
+      mapo_start_servers
       mapo_wait_for_servers
     fi
-    mapo_train "$attempt" "$@"
+    mapo_train "$attempt"
     [ "$MAPO_CODE" -ne 0 ] || break
     if [ -n "$MAPO_ASKED" ] || [ "$MAPO_CODE" -eq "$MAPO_PREEMPTED" ]; then mapo_give_up; fi
     if [ "$attempt" -ge "$MAPO_RESTARTS" ] || ! mapo_may_retry "$MAPO_CODE"; then break; fi
@@ -259,6 +273,7 @@ mapo_run() { # section.key=value...
 
 # A job of one command on its first node: `megatron-mapo` with these arguments. No run folder, no servers of its own.
 mapo_command() {
+  MAPO_LAYOUT=colocated
   mapo_settings
   mapo_nodes
   mapo_say "job $SLURM_JOB_ID on ${MAPO_NODES%% *}: megatron-mapo $*"

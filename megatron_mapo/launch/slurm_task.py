@@ -125,8 +125,8 @@ def join_rendezvous(path: Path, rank: int, address: str) -> tuple[str, int]:
             continue
         return host, int(text)
     raise ConfigError(
-        f"rank {rank} on {socket.gethostname()} does not see {path} after {RENDEZVOUS_SECONDS:g} s: run.output_dir must "
-        "be on a file system that all nodes share"
+        f"rank {rank} on {socket.gethostname()} does not see {path} after {RENDEZVOUS_SECONDS:g} s: run.output_dir "
+        "must be on a file system that all nodes share"
     )
 
 

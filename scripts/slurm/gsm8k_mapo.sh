@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 
-MAPO_REPO=${MAPO_REPO:-}                                    # the checkout; empty: the one that this script was submitted from
+MAPO_REPO=${MAPO_REPO:-}                                    # the checkout; empty: where this script is from
 MAPO_CONFIG=${MAPO_CONFIG:-configs/gsm8k_mapo.yaml}         # relative to the checkout
 MAPO_LAYOUT=${MAPO_LAYOUT:-disaggregated}                   # or colocated: all nodes train and serve
 MAPO_SERVER_NODES=${MAPO_SERVER_NODES:-1}                   # of --nodes; each runs rollout.server.count servers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from megatron_mapo import preemption
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.data.prompts import PromptStream, load_prompts
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.megatron import runtime
 from megatron_mapo.rollout.sampler import sample_seed
+from megatron_mapo.tracking.jsonl import Row
 from megatron_mapo.train import Trainer
 
 
@@ -63,9 +65,11 @@ class FrozenSession:
             digest.update(name.encode() + value.float().contiguous().numpy().tobytes())
         self.weights = digest.hexdigest()
 
-    def evaluate(self, version: int) -> dict[str, float]:
+    def evaluate(self, version: int, write: Callable[[list[Row]], None]) -> dict[str, float]:
         """A number that depends on every bit of the weights."""
-        return {"greedy_accuracy": int(self.weights[:6], 16) / 2**24}
+        found = int(self.weights[:6], 16) / 2**24
+        write([{"prompt_id": 0, "sample": 0, "weights": self.weights}])
+        return {"pass_at_1": found}
 
     def close(self) -> None:
         """Nothing is open."""
@@ -81,6 +85,7 @@ class FrozenTrainer(Trainer):
 def train_frozen(config: str, overrides: list[str], pids: str) -> None:
     """A whole run, or the rest of one. Each rank says first who it is, in ``pids/RANK``."""
     Path(pids, os.environ["RANK"]).write_text(str(os.getpid()))
+    preemption.install()
     settings = load_config(config, overrides)
     trainer = FrozenTrainer(settings, runtime.initialize(settings))
     try:

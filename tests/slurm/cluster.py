@@ -21,8 +21,8 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # bash, as it reaps what is orphaned inside.
 HOLDER = """
-mount -t proc proc /proc && hostname "$1" && mount --bind "$2" /etc/hosts && mount -t tmpfs -o mode=1777 tmpfs /dev/shm ||
-  exit 1
+mount -t proc proc /proc && hostname "$1" && mount --bind "$2" /etc/hosts || exit 1
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm || exit 1
 touch "$3"
 trap : HUP INT TERM
 while :; do sleep 86400 & wait $!; done
@@ -75,12 +75,27 @@ def missing_programs() -> list[str]:
     return lacking if os.geteuid() == 0 else [*lacking, "root"]
 
 
-def wait_for(holds: Callable[[], object], what: str, seconds: float = 120.0) -> None:
+def wait_for(holds: Callable[[], object], what: str, seconds: float = 300.0) -> None:
     """Wait until ``holds()`` is true."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(0.1)
+
+
+def _namespace(process: Path) -> str:
+    try:
+        return os.readlink(process / "ns/pid")
+    except OSError:  # it has ended
+        return ""
+
+
+def words(process: Path, name: str = "cmdline") -> list[str]:
+    """``cmdline`` or ``environ`` of a process; nothing if it has ended."""
+    try:
+        return (process / name).read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 class Cluster:
@@ -159,12 +174,12 @@ class Cluster:
         first = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
         self._holders[node] = (process, first)
 
-    def _inside(self, node: str, *command: str) -> subprocess.CompletedProcess[str]:
+    def _inside(self, node: str, *command: str) -> None:
         """Run a command in a node, with a clean environment."""
         clean = ["env", "-i", f"PATH={SYSTEM_PATH}", "HOME=/root", "LANG=C.UTF-8"]
         enter = ["nsenter", "-t", self._holders[node][1], "-m", "-u", "-p"]
         with open(self.folder / "start.log", "a") as log:
-            return subprocess.run([*enter, *clean, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
+            subprocess.run([*enter, *clean, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
 
     def start_node(self, node: str) -> None:
         """Power on."""
@@ -195,11 +210,10 @@ class Cluster:
             return False
         return True
 
-    def commands(self, node: str) -> list[str]:
-        """Command lines of all processes in a node, but for those of the node itself."""
-        listing = self.folder / "commands"
-        self._inside(node, "bash", "-c", f"cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0\\n' ' \\n' >{listing}")
-        return listing.read_text().split("\n")
+    def processes(self, node: str) -> list[Path]:
+        """``/proc`` folders of all processes of a node."""
+        namespace = os.readlink(f"/proc/{self._holders[node][1]}/ns/pid")
+        return [path for path in Path("/proc").glob("[0-9]*") if _namespace(path) == namespace]
 
     # ---------------------------------------------------------------------------------------------------- clients
 
@@ -207,9 +221,8 @@ class Cluster:
         """Run a client command such as ``squeue``; what it prints."""
         keep = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "MAPO_"))}
         env = {**keep, "PATH": f"{os.environ['PATH']}:{SYSTEM_PATH}", "SLURM_CONF": f"{self.folder}/slurm.conf"}
-        done = subprocess.run(
-            command, env={**env, **environment}, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-        )
+        env |= environment
+        done = subprocess.run(command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -229,7 +242,7 @@ class Cluster:
         """``JobState`` of a job."""
         return self.job(number)["JobState"]
 
-    def wait_job(self, number: str, seconds: float = 240.0) -> str:
+    def wait_job(self, number: str, seconds: float = 400.0) -> str:
         """Wait until a job has ended for good; its state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(lambda: self.state(number) in ended, f"the end of job {number}", seconds)

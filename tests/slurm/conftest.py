@@ -1,4 +1,4 @@
-"""A Slurm cluster of three nodes, and a tiny task."""
+"""A Slurm cluster of four nodes, and a tiny task."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, missing_programs, wait_for
 from tiny_models import make_tiny_model
 
-from cluster import Cluster, missing_programs, wait_for
-
-REPOSITORY = Path(__file__).parents[2]
 VERIFIER = '''def even(response, answer, metadata):
     """About half of all responses are right, whatever the model says."""
     return sum(map(ord, response)) % 2 == 0
@@ -22,7 +20,7 @@ VERIFIER = '''def even(response, answer, metadata):
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes."""
+    """Four nodes."""
     if missing := missing_programs():
         pytest.skip(f"no Slurm on this machine: {', '.join(missing)} missing (see docs/slurm.md, Tests)")
     probe = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True, text=True)
@@ -31,14 +29,14 @@ def cluster() -> Iterator[Cluster]:
     # pytest's own temporary folders have paths too long for Unix sockets.
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as name:
         Path(name).chmod(0o755)  # munged insists
-        with Cluster(Path(name), 3) as running:
+        with Cluster(Path(name), 4) as running:
             yield running
 
 
 @pytest.fixture
 def idle(cluster: Cluster) -> Cluster:
     """The cluster with no job on it."""
-    wait_for(lambda: cluster.idle() == 3, "all nodes idle", 60)
+    wait_for(lambda: cluster.idle() == 4, "all nodes idle", 60)
     return cluster
 
 
@@ -66,7 +64,7 @@ rollout:
   retries: 1
   server: {{threads: 1, max_total_tokens: 8192, startup_timeout: 240}}
   sync: {{timeout: 60}}
-trainer: {{steps: 4, threads: 1}}
+trainer: {{steps: 30, threads: 1}}
 tracking: {{plots: false, tensorboard: false}}
 """
     )
