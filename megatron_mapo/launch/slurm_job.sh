@@ -211,7 +211,7 @@ mapo_cleanup() {
 
 # A job whose warning comes before it has begun would go round in circles: two such starts in a row are an error.
 mapo_check_progress() {
-  [ -z "$MAPO_BEGUN" ] || return 0
+  [ -z "$MAPO_BEGUN" ] && [ "$MAPO_ASKED" = USR1 ] || return 0
   : >"$MAPO_LOGS/ended-before-training"
   if [ -e "${MAPO_LOGS%.*}.$((${SLURM_RESTART_COUNT:-0} - 1))/ended-before-training" ]; then
     mapo_fail 1 "twice in a row this job was asked to end before training began: --time must be longer than the lead of \
@@ -223,11 +223,13 @@ mapo_check_progress() {
 mapo_give_up() {
   local state told=
   mapo_cleanup
-  mapo_check_progress
   while :; do
     state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p;T;q')
     case $state in
-      RUNNING) scontrol requeue "$SLURM_JOB_ID" && break ;;
+      RUNNING)
+        mapo_check_progress
+        scontrol requeue "$SLURM_JOB_ID" && break
+        ;;
       '') [ -n "$told" ] || mapo_say "the Slurm controller does not answer; waiting to requeue" ;;
       *) exit "$MAPO_PREEMPTED" ;; # cancelled, timed out, or requeued by somebody else
     esac
@@ -241,6 +243,31 @@ mapo_give_up() {
 
 # Whether starting the trainers again may help: they crashed or lost a server; the configuration was fine.
 mapo_may_retry() { [ "$1" -eq 1 ] || [ "$1" -eq 5 ] || [ "$1" -eq 6 ] || [ "$1" -ge 128 ]; }
+
+# Whether all of these nodes still start processes: mapo_answers NODES SRUN_FLAG...
+mapo_answers() {
+  local pid i
+  mapo_step "$1" 1 "${@:2}" -- true &
+  pid=$!
+  for ((i = 0; i < 60; i++)); do
+    if ! mapo_alive "$pid"; then
+      wait "$pid"
+      return
+    fi
+    mapo_nap
+  done
+  kill -KILL "$pid"
+  return 1
+}
+
+# After a crash. Slurm takes minutes to notice a dead node (SlurmdTimeout); until then new trainers would crash too.
+mapo_await_nodes() {
+  local i
+  mapo_answers "$TRAINER_NODES" "${TRAINER_GROUP[@]}" && mapo_answers "$SERVER_NODES" "${SERVER_GROUP[@]}" && return
+  mapo_say "a node does not answer; waiting for Slurm to requeue the job"
+  for ((i = 0; i < 600; i++)); do mapo_nap; done
+  mapo_give_up
+}
 
 # The whole job.
 mapo_run() { # section.key=value...
@@ -263,7 +290,9 @@ mapo_run() { # section.key=value...
     mapo_train "$attempt"
     [ "$MAPO_CODE" -ne 0 ] || break
     if [ -n "$MAPO_ASKED" ] || [ "$MAPO_CODE" -eq "$MAPO_PREEMPTED" ]; then mapo_give_up; fi
-    if [ "$attempt" -ge "$MAPO_RESTARTS" ] || ! mapo_may_retry "$MAPO_CODE"; then break; fi
+    mapo_may_retry "$MAPO_CODE" || break
+    mapo_await_nodes
+    [ "$attempt" -lt "$MAPO_RESTARTS" ] || break
     mapo_say "starting the trainers again from the last checkpoint ($((attempt + 1)) of $MAPO_RESTARTS)"
   done
   mapo_cleanup

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from runs import environment, rows
 
 from megatron_mapo.launch.local import free_port
-from runs import environment, rows
 
 
 def wait_for(holds: Callable[[], object], agents: list[subprocess.Popen]) -> None:
