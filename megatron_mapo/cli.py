@@ -81,11 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     local = _run_parser(where, "local", "servers and trainers on this machine", _launch_local)
     local.add_argument("--nproc", type=_positive, metavar="N", help="trainer processes (default: one a GPU)")
     _dry_run(local)
+    _slurm_parser(where)
 
     train = _run_parser(commands, "train", "train in this process (or: torchrun -m megatron_mapo.train)", _train)
     _dry_run(train)
 
-    _run_parser(commands, "serve", "start the generation servers and stay with them", _serve)
+    serve = _run_parser(commands, "serve", "start the generation servers and stay with them", _serve)
+    serve.add_argument("--log-dir", type=Path, metavar="DIR", help="folder of their logs (default: RUN/logs)")
 
     _eval_parser(commands)
 
@@ -133,6 +135,25 @@ def _run_parser(commands: Any, name: str, text: str, run: Any) -> argparse.Argum
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the file's")
     return parser
+
+
+def _slurm_parser(where: Any) -> None:
+    parser = _run_parser(where, "slurm", "servers and trainers in a Slurm job", _launch_slurm)
+    add = parser.add_argument
+    add("--nodes", type=_positive, default=2, metavar="N", help="nodes of the job (default: 2)")
+    add("--server-nodes", type=int, default=1, metavar="N", help="those that only serve; 0: all do both (default: 1)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="0 asks for none (default: 8)")
+    add("--trainers-per-node", type=_positive, metavar="N", help="default: a node's GPUs, less the servers' on it")
+    add("--partition", metavar="NAME", help="as sbatch takes it")
+    add("--account", metavar="NAME", help="as sbatch takes it")
+    add("--time", default="24:00:00", metavar="LIMIT", help="time limit, as sbatch takes it (default: 24:00:00)")
+    add(
+        "--grace", type=_positive, default=900, metavar="SECONDS", help="save this long before the limit (default: 900)"
+    )
+    add("--restarts", type=int, default=2, metavar="N", help="of crashed trainers within the job (default: 2)")
+    add("--container", default="", metavar="KIND:IMAGE", help="pyxis:IMAGE or apptainer:IMAGE")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="further option of sbatch; may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the script; submit nothing")
 
 
 def _eval_parser(commands: Any) -> None:
@@ -223,6 +244,35 @@ def _launch_local(arguments: argparse.Namespace) -> int:
         return stopped.exit_code
 
 
+def _launch_slurm(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.config import load_config
+    from megatron_mapo.launch import slurm
+
+    config = load_config(arguments.config, arguments.overrides)
+    server = config.rollout.server
+    spare = 0 if arguments.server_nodes else server.count * server.tensor
+    named = [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(arguments, name))]
+    job = slurm.SlurmJob(
+        nodes=arguments.nodes,
+        server_nodes=arguments.server_nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        trainers_per_node=arguments.trainers_per_node or max(1, arguments.gpus_per_node - spare),
+        time=arguments.time,
+        grace=arguments.grace,
+        restarts=arguments.restarts,
+        container=arguments.container,
+        sbatch=(*named, *arguments.sbatch),
+    )
+    job.check(config)
+    script = slurm.render(job, arguments.config, arguments.overrides, config)
+    if arguments.dry_run:
+        print(script, end="")
+        return 0
+    number = slurm.submit(script, config)
+    print(f"job {number}; it writes to {config.run_dir.absolute()}/logs/slurm-{number}.out")
+    return 0
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     from megatron_mapo.config import load_config
     from megatron_mapo.hardware import settle_dtype
@@ -233,7 +283,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     try:
         with stop_signals():
-            serve(config)
+            serve(config, arguments.log_dir)
     except Stopped:
         print("servers ended", file=sys.stderr)
         return 0  # a signal is the way to end this command

@@ -63,3 +63,12 @@ class HubError(MapoError):
     """The Hugging Face hub refused an upload, or could not be reached."""
 
     exit_code = 9
+
+
+class Preempted(MapoError):
+    """A signal asked the run to end, and it saved a checkpoint first. The same command goes on from there.
+
+    The code is ``EX_TEMPFAIL`` of sysexits.h: try again.
+    """
+
+    exit_code = 75

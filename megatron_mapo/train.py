@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_mapo import checkpoint_files
+from megatron_mapo import checkpoint_files, preemption
 from megatron_mapo.algorithms.advantages import estimate_advantages
 from megatron_mapo.algorithms.metrics import mismatch_metrics, rollout_metrics, update_metrics
 from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, OldLogprobs, Resume, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch, ragged_indices
-from megatron_mapo.errors import CheckpointError, ConfigError, MapoError, TrainingError
+from megatron_mapo.errors import CheckpointError, ConfigError, MapoError, Preempted, TrainingError
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.health import Health
 from megatron_mapo.megatron import checkpoint, hf, runtime
@@ -191,8 +191,12 @@ class Trainer:
             # Before the checkpoint: one that is resumed from never lacks the evaluation of its step.
             if (last and settings.evaluation.at_end) or (not last and interval and self.step % interval == 0):
                 score = self._score(self.evaluate())
-            if last or (settings.save_interval and self.step % settings.save_interval == 0):
+            stop = not last and preemption.requested(self.runtime)
+            if last or stop or (settings.save_interval and self.step % settings.save_interval == 0):
                 self.save(score)
+            if stop:
+                self.checkpointer.wait()
+                raise Preempted(f"ended by a signal, saved after step {self.step}; the same command goes on from there")
         with self.watchdog.phase("end"):
             self.checkpointer.wait()
             if settings.export:
@@ -391,6 +395,7 @@ def _response_tokens(batch: SequenceBatch, index: Tensor) -> Tensor:
 
 def train(config: Config) -> None:
     """Run a whole configuration on this rank."""
+    preemption.install()
     process = runtime.initialize(config)
     trainer = Trainer(config, process)
     try:
@@ -410,7 +415,8 @@ def main(argv: list[str] | None = None) -> int:
         train(config)
     except MapoError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            kind = "" if isinstance(error, Preempted) else "error: "
+            print(f"{kind}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
 

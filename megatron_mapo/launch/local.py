@@ -81,13 +81,15 @@ def make_log_folder(config: Config) -> Path:
     return folder
 
 
-def start_servers(config: Config, api_key: str | None, console: Console) -> ServerGroup:
+def start_servers(config: Config, api_key: str | None, console: Console, log_dir: Path | None = None) -> ServerGroup:
     """Start the servers of ``rollout.server`` and wait until they answer. ``model.path`` must be a folder.
+
+    Their logs are in ``log_dir``, or in ``logs`` of the run folder.
 
     Raises:
         ConfigError, RolloutError: the log folder cannot be made, or a server does not come up.
     """
-    logs = make_log_folder(config)
+    logs = log_dir or make_log_folder(config)
     with console.status(f"starting {config.rollout.server.count} server(s)") as status:
         servers = ServerGroup(config.rollout.server, config.model, logs, api_key, status.update)
         servers.start()

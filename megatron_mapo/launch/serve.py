@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -15,8 +16,12 @@ from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.client import read_api_key
 
 
-def serve(config: Config) -> NoReturn:
+def serve(config: Config, log_dir: Path | None = None) -> NoReturn:
     """Start ``rollout.server.count`` servers and watch them, until an exception (a signal, say) ends it.
+
+    Args:
+        config: the run.
+        log_dir: folder of the servers' logs; None: `logs` in the run folder.
 
     Raises:
         MapoError: the model or the API key cannot be used, or a server did not come up or ended.
@@ -25,7 +30,7 @@ def serve(config: Config) -> NoReturn:
     with console.status("looking for the model"):
         model_path = str(resolve_model_path(config.model.path).absolute())
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path))
-    servers = start_servers(config, read_api_key(config.rollout.api_key_file), console)
+    servers = start_servers(config, read_api_key(config.rollout.api_key_file), console, log_dir)
     try:
         print(f"rollout.urls=[{','.join(servers.urls)}]", flush=True)
         console.print("serving; Ctrl-C ends it")

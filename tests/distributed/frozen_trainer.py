@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from megatron_mapo import preemption
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.data.prompts import PromptStream, load_prompts
 from megatron_mapo.data.sequences import SequenceBatch
@@ -84,6 +85,7 @@ class FrozenTrainer(Trainer):
 def train_frozen(config: str, overrides: list[str], pids: str) -> None:
     """A whole run, or the rest of one. Each rank says first who it is, in ``pids/RANK``."""
     Path(pids, os.environ["RANK"]).write_text(str(os.getpid()))
+    preemption.install()
     settings = load_config(config, overrides)
     trainer = FrozenTrainer(settings, runtime.initialize(settings))
     try:

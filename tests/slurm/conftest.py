@@ -1,0 +1,71 @@
+"""A Slurm cluster of four nodes, and a tiny task."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, missing_programs, wait_for
+from tiny_models import make_tiny_model
+
+VERIFIER = '''def even(response, answer, metadata):
+    """About half of all responses are right, whatever the model says."""
+    return sum(map(ord, response)) % 2 == 0
+'''
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four nodes."""
+    if missing := missing_programs():
+        pytest.skip(f"no Slurm on this machine: {', '.join(missing)} missing (see docs/slurm.md, Tests)")
+    probe = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True, text=True)
+    if probe.returncode != 0:
+        pytest.skip(f"this machine allows no namespaces: {probe.stderr.strip()}")
+    # pytest's own temporary folders have paths too long for Unix sockets.
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as name:
+        Path(name).chmod(0o755)  # munged insists
+        with Cluster(Path(name), 4) as running:
+            yield running
+
+
+@pytest.fixture
+def idle(cluster: Cluster) -> Cluster:
+    """The cluster with no job on it."""
+    wait_for(lambda: cluster.idle() == 4, "all nodes idle", 60)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the model, the data, the verifier and ``config.yaml``."""
+    folder = tmp_path_factory.mktemp("slurm")
+    make_tiny_model(folder / "model")
+    (folder / "verifier.py").write_text(VERIFIER)
+    rows = [{"question": f"What is {a} plus {a * 7 % 5}?", "answer": str(a + a * 7 % 5)} for a in range(20)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(
+        f"""
+run: {{output_dir: {folder / "runs"}}}
+model: {{path: {folder / "model"}, dtype: float32}}
+data: {{train: train.jsonl}}
+reward: {{name: "{folder / "verifier.py"}:even", timeout: 20}}
+actor: {{optim: {{lr: 1.0e-3}}, microbatch_tokens: 512}}
+rollout:
+  prompts_per_step: 4
+  responses_per_prompt: 4
+  max_prompt_tokens: 128
+  max_response_tokens: 12
+  timeout: 60
+  retries: 1
+  server: {{threads: 1, max_total_tokens: 8192, startup_timeout: 240}}
+  sync: {{timeout: 60}}
+trainer: {{steps: 30, threads: 1}}
+tracking: {{plots: false, tensorboard: false}}
+"""
+    )
+    return folder

@@ -1,0 +1,124 @@
+"""What a Slurm job's tasks find out about their node, and the script that ``launch slurm`` writes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_model
+
+from megatron_mapo import preemption
+from megatron_mapo.config import Config, load_config
+from megatron_mapo.errors import ConfigError
+from megatron_mapo.launch import slurm, slurm_task
+from megatron_mapo.launch.slurm import SlurmJob
+
+
+def test_the_address_is_the_one_towards_another_node() -> None:
+    assert slurm_task.node_address("n1", ["n1"]) == "127.0.0.1"
+    assert slurm_task.node_address("n1", ["n1", "no.such.host.invalid", "127.0.0.9"]) == "127.0.0.1"
+    assert slurm_task.node_address("n1", ["n1", "n2"], interface="lo") == "127.0.0.1"
+    assert slurm_task.interface_of("127.0.0.1") == "lo"
+
+
+def test_no_address_is_an_error_that_names_the_setting() -> None:
+    with pytest.raises(ConfigError, match="MAPO_INTERFACE"):
+        slurm_task.node_address("n1", ["n1", "no.such.host.invalid"])
+    with pytest.raises(ConfigError, match=r"MAPO_INTERFACE=ib7 has no IPv4 address here; there are: .*lo"):
+        slurm_task.node_address("n1", ["n1", "n2"], interface="ib7")
+
+
+def test_servers_get_the_gpus_that_trainers_leave() -> None:
+    assert slurm_task.gpus_left("0,1,4,5", 3) == "5"
+    with pytest.raises(ConfigError, match="MAPO_TRAINERS_PER_NODE is 4"):
+        slurm_task.gpus_left("0,1,4,5", 4)
+
+
+def test_ranks_read_what_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, found = tmp_path / "rendezvous", []
+    waiting = threading.Thread(target=lambda: found.append(slurm_task.join_rendezvous(path, 1, "10.0.0.2")))
+    waiting.start()
+    host, port = slurm_task.join_rendezvous(path, 0, "127.0.0.1")
+    waiting.join(timeout=20)
+    assert found == [(host, port)]
+    assert host == "127.0.0.1"
+    assert port > 0
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(slurm_task, "RENDEZVOUS_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match=r"run\.output_dir must be on a file system that all nodes share"):
+        slurm_task.join_rendezvous(tmp_path / "elsewhere", 1, "127.0.0.1")
+
+
+def test_a_rank_is_what_srun_says() -> None:
+    task = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "OMP_NUM_THREADS": "3"}
+    found = slurm_task.rank_environment(task, 4, "10.0.0.1", 4711)
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["LOCAL_WORLD_SIZE"]) == ("5", "1", "8", "4")
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"], found["OMP_NUM_THREADS"]) == ("10.0.0.1", "4711", "3")
+
+
+class Alone:
+    """A runtime of one rank."""
+
+    def gather(self, value: bool) -> list[bool]:
+        return [value]
+
+
+def test_a_signal_that_a_launcher_has_blocked_is_seen_and_kills_nobody() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+    try:
+        assert not preemption.requested(Alone())  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested(Alone())  # type: ignore[arg-type]
+        child = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"]
+        assert subprocess.run(child, capture_output=True, text=True).stdout == "alive\n"
+        assert signal.sigwait(preemption.SIGNALS) == signal.SIGTERM
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    model = make_tiny_model(tmp_path / "model")
+    train = ["data.train=x.jsonl", "rollout.server.count=4", "run.name=mine", f"run.output_dir={tmp_path / 'runs'}"]
+    return load_config(None, [f"model.path={model}", *train])
+
+
+def test_the_script_asks_for_what_was_asked(config: Config, tmp_path: Path) -> None:
+    job = SlurmJob(3, 1, 8, 8, time="2:00:00", grace=300, sbatch=("--partition=gpu",))
+    job.check(config)
+    overrides = ["data.template=it's {question} $HOME `id`", "run.name=mine"]
+    script = slurm.render(job, "configs/x.yaml", overrides, config)
+    (tmp_path / "script.sh").write_text(script)
+    subprocess.run(["bash", "-n", str(tmp_path / "script.sh")], check=True)
+    assert shlex.split(script.splitlines()[-1]) == ["mapo_run", *overrides]
+    lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    wanted = {"--nodes=3", "--gpus-per-node=8", "--time=2:00:00", "--signal=B:USR1@300", "--partition=gpu", "--requeue"}
+    assert wanted <= set(lines)
+    assert f"MAPO_CONFIG={Path('configs/x.yaml').absolute()}" in script
+    assert "MAPO_LAYOUT=disaggregated" in script
+    assert "MAPO_LAYOUT=colocated" in slurm.render(SlurmJob(1, 0, 8, 4), None, [], config)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (SlurmJob(1, 1, 8, 8), "--server-nodes 0"),
+        (SlurmJob(1, 0, 8, 5), "rollout.server.count"),
+        (SlurmJob(2, 1, 2, 2), "rollout.server.count"),
+    ],
+)
+def test_a_job_that_cannot_hold_the_run_is_refused(job: SlurmJob, message: str, config: Config) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job.check(config)
+
+
+def test_no_sbatch_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="no sbatch"):
+        slurm.submit("", config)
