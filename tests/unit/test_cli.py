@@ -59,7 +59,19 @@ class TestHelp:
     def test_lists_the_commands(self) -> None:
         result = run("--help")
         assert result.returncode == 0
-        commands = ("train", "serve", "launch", "export", "import", "check", "eval", "inspect", "plot", "doctor", "options")
+        commands = (
+            "train",
+            "serve",
+            "launch",
+            "export",
+            "import",
+            "check",
+            "eval",
+            "inspect",
+            "plot",
+            "doctor",
+            "options",
+        )
         for command in commands:
             assert f"\n    {command} " in result.stdout
 
