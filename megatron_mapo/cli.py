@@ -117,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", "draw a run's curves", _plot)
     plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
 
+    doctor = _run_parser(commands, "doctor", "check this machine, and what a configuration needs of it", _doctor)
+    doctor.add_argument("--quick", action="store_true", help="start no server")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--nproc", type=_positive, metavar="N", help="trainer processes (default: one a GPU)")
+
     options = _command(commands, "options", "list all options of a configuration", _options)
     options.add_argument("section", nargs="?", help="only this section, such as actor or actor.optim")
     return parser
@@ -404,6 +409,24 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     print(plot_run(arguments.run_dir))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.config import load_config
+    from megatron_mapo.doctor import examine, report
+    from megatron_mapo.launch.processes import Stopped, stop_signals
+
+    # Ports and folders can be looked at without a run, so its mandatory keys may be left out.
+    open_keys = {"model.path": "none", "data.train": "none"} if arguments.config is None else {}
+    for text in arguments.overrides:
+        open_keys.pop(text.partition("=")[0], None)
+    config = load_config(arguments.config, [*(f"{k}={v}" for k, v in open_keys.items()), *arguments.overrides])
+    show = report.print_json if arguments.json else report.print_report
+    try:
+        with stop_signals():
+            return int(not show(examine(config, arguments.nproc, needs=not open_keys, quick=arguments.quick)))
+    except Stopped as stopped:
+        return stopped.exit_code
 
 
 def _options(arguments: argparse.Namespace) -> int:

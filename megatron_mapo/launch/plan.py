@@ -254,7 +254,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("files", f"{config.run_dir}/: config.yaml, metrics.jsonl, samples.jsonl, logs/, checkpoints/"),
         (
             "",
-            f"a checkpoint is about {_gib(_checkpoint_bytes(plan))}, {config.trainer.keep_checkpoints} are kept",
+            f"a checkpoint is about {_gib(checkpoint_bytes(plan))}, {config.trainer.keep_checkpoints} are kept",
         ),
         ("each rank runs", shlex.join(plan.command)),
     ]
@@ -284,7 +284,7 @@ def _server_rows(plan: Plan) -> list[tuple[str, str]]:
     return [("servers", f"{server.count} ({ports}): {', '.join(urls)}"), ("", memory)]
 
 
-def _checkpoint_bytes(plan: Plan) -> int:
+def checkpoint_bytes(plan: Plan) -> int:
     """Weights, float32 master weights (if they differ) and moments, whole."""
     size = _BYTES[plan.config.model.dtype]
     return plan.shape.parameters() * (size + (8 if size == 4 else 12))

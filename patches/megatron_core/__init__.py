@@ -12,21 +12,30 @@ SUPPORTED = "0.16.1"
 _applied = False
 
 
-def apply() -> None:
-    """Install the patches; must run before anything imports ``megatron``. Repeated calls do nothing.
+def check_version() -> None:
+    """Refuse every version of megatron-core but the one that this patch was made for.
 
     Raises:
-        MapoError: another version of megatron-core is installed.
+        MapoError: another version is installed.
     """
-    global _applied
-    if _applied:
-        return
     installed = importlib.metadata.version("megatron-core")
     if installed != SUPPORTED:
         raise MapoError(
             f"megatron-core {installed} is installed, but patches/megatron_core fits {SUPPORTED} only: "
             f"pip install megatron-core=={SUPPORTED}"
         )
+
+
+def apply() -> None:
+    """Install the patches; must run before anything imports ``megatron``. Repeated calls do nothing.
+
+    Raises:
+        MapoError: see ``check_version``.
+    """
+    global _applied
+    if _applied:
+        return
+    check_version()
     from megatron_mapo.patches.megatron_core import fixups, import_hook
 
     import_hook.install(fixups.for_device(cpu=not torch.cuda.is_available()))

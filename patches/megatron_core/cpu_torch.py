@@ -56,7 +56,7 @@ class _Event:
         return 0.0
 
 
-class _Proxy(ModuleType):
+class Proxy(ModuleType):
     """A module whose unknown names fall through to the real one."""
 
     def __init__(self, real: ModuleType, **replaced: Any) -> None:
@@ -117,7 +117,7 @@ def build() -> ModuleType:
     """The proxy of ``torch`` for a machine without CUDA."""
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
     stream = _Stream()
-    cuda = _Proxy(
+    cuda = Proxy(
         torch.cuda,
         current_device=lambda: CPU,
         set_device=lambda *_: None,
@@ -134,11 +134,11 @@ def build() -> ModuleType:
         manual_seed=_seed,
     )
     dist = torch.distributed
-    distributed = _Proxy(
+    distributed = Proxy(
         dist, scatter=_scatter, broadcast=_contiguous(dist.broadcast), all_reduce=_contiguous(dist.all_reduce)
     )
     factories = ["tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn"]
     factories += ["zeros_like", "ones_like", "empty_like", "full_like"]
-    return _Proxy(
+    return Proxy(
         torch, cuda=cuda, distributed=distributed, **{name: _on_cpu(getattr(torch, name)) for name in factories}
     )

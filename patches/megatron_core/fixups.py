@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_mapo.patches.megatron_core import cpu_torch
+from megatron_mapo.patches.megatron_core import cpu_torch, data_only
 from megatron_mapo.patches.megatron_core.adam import FusedAdam
 from megatron_mapo.patches.megatron_core.import_hook import Fixup
 
@@ -125,6 +125,19 @@ def _with_bucket_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:
     return padded
 
 
+def _index_without_code(module: ModuleType) -> None:
+    """A checkpoint's index and the objects among its tensors are pickles, which megatron and torch read as code."""
+    module.FileSystemReader = module.CachedMetadataFileSystemReader = data_only.DataOnlyReader  # type: ignore[attr-defined]
+    module.MCoreLoadPlanner.load_bytes = data_only.load_object
+
+
+def _common_without_code(module: ModuleType) -> None:
+    """``torch.load`` takes data only, unless TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set. Here that does not count."""
+    module.torch = cpu_torch.Proxy(  # type: ignore[attr-defined]
+        module.torch, load=functools.partial(torch.load, weights_only=True)
+    )
+
+
 def _no_transformer_engine_router(module: ModuleType) -> None:
     """The router asks for a name that is defined only where Transformer Engine is installed."""
     if not hasattr(module, "te_general_gemm"):
@@ -172,6 +185,8 @@ EVERYWHERE: dict[str, list[Fixup]] = {
     "megatron.core.optimizer": [_optimizer_adam],
     "megatron.core.optimizer.distrib_optimizer": [_distributed_optimizer_adam, _gathered_state_keeps_its_padding],
     "megatron.core.dist_checkpointing.strategies.filesystem_async": [_write_queue_without_a_process],
+    "megatron.core.dist_checkpointing.strategies.torch": [_index_without_code],
+    "megatron.core.dist_checkpointing.strategies.common": [_common_without_code],
     "megatron.core.transformer.moe.moe_utils": [_no_transformer_engine_router],
 }
 CPU_ONLY: dict[str, list[Fixup]] = {

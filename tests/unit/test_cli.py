@@ -59,7 +59,20 @@ class TestHelp:
     def test_lists_the_commands(self) -> None:
         result = run("--help")
         assert result.returncode == 0
-        for command in ("train", "serve", "launch", "export", "import", "check", "eval", "inspect", "plot", "options"):
+        commands = (
+            "train",
+            "serve",
+            "launch",
+            "export",
+            "import",
+            "check",
+            "eval",
+            "inspect",
+            "plot",
+            "doctor",
+            "options",
+        )
+        for command in commands:
             assert f"\n    {command} " in result.stdout
 
     @pytest.mark.parametrize("command", [["train"], ["launch", "local"], ["serve"], ["eval"]])
