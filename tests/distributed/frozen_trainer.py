@@ -67,6 +67,13 @@ class FrozenSession:
         """A number that depends on every bit of the weights."""
         return {"greedy_accuracy": int(self.weights[:6], 16) / 2**24}
 
+    def await_servers(self) -> None:
+        """There are none."""
+
+    def server_metrics(self) -> dict[str, float]:
+        """There are none."""
+        return {}
+
     def close(self) -> None:
         """Nothing is open."""
 

@@ -180,10 +180,9 @@ def test_a_broken_process_group_is_made_again(call, sync, model_path):
     name = sync._transport._name
     call(lambda c: c.request(c.urls[0], "/destroy_weights_update_group", {"group_name": name}))
     model = changed(model_path, 71)
-    with pytest.raises(WeightSyncError, match="'send'"):
-        sync.update(tensors(model), 71)
-    sync.update(tensors(model), 72)
-    assert_serves(call, model, 72)
+    sync.update(tensors(model), 71)
+    assert sync._transport._name != name
+    assert_serves(call, model, 71)
 
 
 def test_a_trainer_that_starts_anew_takes_over_an_unfinished_update(call, servers, sync, model_path, tmp_path):
