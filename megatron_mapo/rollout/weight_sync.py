@@ -272,12 +272,14 @@ class WeightSync:
             The failure, if none is left and one of them answered: another try would end in the same way.
         """
         for url, failure in failures.items():
-            self.pool.take_out(url, f"weight sync, {phase}: {failure}")
+            self.pool.take_out(url, f"weight sync, {phase}: {failure}{_hint(phase)}")
         self._members = [url for url in self._members if url not in failures]
         if self._members:
             return
         for failure in failures.values():
             if isinstance(failure, Refused | WeightSyncError):
+                for url in failures:  # all said no: that is not their fault
+                    self.pool[url].times_out = 0
                 raise failure
         self.pool.stalled()
         raise ServersOut(f"no server is left in the weight sync: {self.pool.describe()}")
@@ -403,6 +405,11 @@ class WeightSync:
         for url in self.pool.in_state(State.serving):
             if url not in self._members:
                 self.pool.take_out(url, f"it did not get weight version {version}")
+
+
+def _hint(phase: str) -> str:
+    """What to do if servers answer requests but cannot join a process group."""
+    return " (if the network does not let them join: rollout.sync.mode=disk)" if phase == "connect" else ""
 
 
 async def _nothing_more() -> None:
