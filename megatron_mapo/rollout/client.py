@@ -315,6 +315,8 @@ class RolloutClient:
         refused: list[str] = []
         while True:
             url = await self._pick(failed)
+            member = self.pool[url]
+            member.load += n  # before the next request looks for a server
             try:
                 responses = await self._cancellable(url, self._generate_on(url, body, n, sampling))
             except (_Retryable, Refused) as error:
@@ -324,6 +326,8 @@ class RolloutClient:
             else:
                 self.pool.succeeded(url)
                 return responses
+            finally:
+                member.load -= n
             await asyncio.sleep(RETRY_SECONDS * 2 ** (len(failed) - 1))
 
     async def _count(self, url: str, failed: list[str], refused: list[str], error: RolloutError) -> None:
@@ -407,17 +411,12 @@ class RolloutClient:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _generate_on(self, url: str, body: dict[str, Any], n: int, sampling: Sampling) -> list[Response]:
-        member = self.pool[url]
-        member.load += n
-        try:
-            if n > 1:
-                # The prompt alone first: requests that arrive together do not find each other in the prefix
-                # cache, and the server would compute the same prompt n times.
-                prompt_only = {"input_ids": body["input_ids"][0], "sampling_params": {"max_new_tokens": 0}}
-                await self.request(url, "/generate", prompt_only)
-            answer = await self.request(url, "/generate", body)
-        finally:
-            member.load -= n
+        if n > 1:
+            # The prompt alone first: requests that arrive together do not find each other in the prefix
+            # cache, and the server would compute the same prompt n times.
+            prompt_only = {"input_ids": body["input_ids"][0], "sampling_params": {"max_new_tokens": 0}}
+            await self.request(url, "/generate", prompt_only)
+        answer = await self.request(url, "/generate", body)
         if not isinstance(answer, list) or len(answer) != n:
             raise _Retryable(f"{url}/generate: not the {n} responses that were asked for")
         try:

@@ -127,6 +127,8 @@ class WeightSync:
         self._layouts: dict[str, Layout] = {}
         # those that got weights from here
         self._updated: set[str] = set()
+        # a server of the transport's connection was restarted
+        self._lost_group = False
         # the servers of the update that is going on
         self._members: list[str] = []
         self._transport = self._make_transport()
@@ -187,6 +189,7 @@ class WeightSync:
         if url in self._updated and version == NEVER_UPDATED:
             self._updated.discard(url)
             self._layouts.pop(url, None)
+            self._lost_group = True
             self.pool.take_out(url, "it was restarted")
             self.pool.restarted(url)
         if url not in self._layouts:
@@ -236,6 +239,9 @@ class WeightSync:
                 self.pool.stalled()
                 raise ServersOut(f"no server answers: {self.pool.describe()}")
             await self._each("pause", "/pause_generation", {"mode": "retract"}, self._client.probe_timeout)
+            if self._lost_group:
+                await self._transport.leave()
+                self._lost_group = False
             expected = self._expected()
             await self._together("connect", _nothing_more)
             await self._drop("begin", await self._transport.begin())

@@ -30,7 +30,8 @@ from megatron_mapo.rollout.server import is_loopback
 
 CLEANUP_SECONDS = 10.0
 """Most time that a server gets to answer while a failed update is being cleaned up."""
-
+LEAVE_SECONDS = 1.0
+"""How long servers may take to leave a group before this process breaks it from its side."""
 
 Failures = dict[str, RolloutError]
 """What servers failed with, by address."""
@@ -175,9 +176,8 @@ class BroadcastTransport:
             self.client.request(url, "/update_weights_from_distributed", body, timeout=self.timeout)
             for url in self.workers
         ]
-        group, flat = self._group, bucket.flat
-        assert group is not None
-        await self._both(asyncio.gather(*calls), lambda: self._broadcast(group, flat))
+        flat = bucket.flat
+        await self._both(asyncio.gather(*calls), lambda: self._broadcast(flat))
 
     async def end(self, urls: Sequence[str]) -> Failures:
         """Close the servers' update session."""
@@ -230,7 +230,9 @@ class BroadcastTransport:
         if name == self._name:  # else it was given up in the meantime
             self._group = group
 
-    def _broadcast(self, group: dist.ProcessGroup, flat: Tensor) -> None:
+    def _broadcast(self, flat: Tensor) -> None:
+        group = self._group
+        assert group is not None
         options = dist.BroadcastOptions()
         options.rootRank = 0
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
@@ -244,16 +246,17 @@ class BroadcastTransport:
         If the request fails, the collective has no partner and is not waited for: ``leave`` breaks it.
         """
         task = asyncio.ensure_future(request)
-        thread = asyncio.get_running_loop().run_in_executor(None, local)
-        thread.add_done_callback(lambda future: future.cancelled() or future.exception())
+        thread = asyncio.get_running_loop().run_in_executor(None, _failure, local)
         try:
-            await asyncio.wait((task, thread), return_when=asyncio.FIRST_EXCEPTION)
-            if thread.done() and thread.exception() is not None and not task.done():
+            await asyncio.wait((task, thread), return_when=asyncio.FIRST_COMPLETED)
+            if thread.done() and thread.result() and not task.done():
                 # the servers may know more than "connection closed by peer"
-                await asyncio.wait((task,), timeout=CLEANUP_SECONDS)
+                await asyncio.wait((task,), timeout=LEAVE_SECONDS)
             if task.done():
                 task.result()
-            await thread
+            if failure := await thread:
+                raise WeightSyncError(failure)
+            await task
         finally:
             task.cancel()
 
@@ -266,17 +269,27 @@ class BroadcastTransport:
         body = {"group_name": name}
         asked = asyncio.ensure_future(self._try(list(self.workers), "/destroy_weights_update_group", body))
         # the servers first: it breaks a collective in which this process still waits
-        await asyncio.wait((asked,), timeout=1.0)
+        await asyncio.wait((asked,), timeout=LEAVE_SECONDS)
         # and this breaks one in which they wait
         self._store = None
         # The whole process may have left all of its groups before.
         if group is not None and _world.pg_map.get(group) is not None:
             dist.destroy_process_group(group)
+        del group  # only when the last reference is gone are its connections closed
         return {url: failure for url, failure in (await asked).items() if not isinstance(failure, Refused)}
 
     async def _try(self, urls: Sequence[str], path: str, body: dict) -> Failures:
         limit = min(self.timeout, CLEANUP_SECONDS)
         return (await self.client.on_each(urls, path, body, limit))[1]
+
+
+def _failure(work: Callable[[], None]) -> str:
+    """Do ``work``; what it failed with, as text: an exception's traceback would keep the group and its connections."""
+    try:
+        work()
+    except (RuntimeError, TimeoutError) as error:
+        return str(error) or repr(error)
+    return ""
 
 
 class DiskTransport:
