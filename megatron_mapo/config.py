@@ -276,6 +276,12 @@ class ServerConfig:
     """Fraction of GPU memory for weights and KV cache (CUDA)."""
     startup_timeout: float = 300.0
     """Seconds until a server must answer."""
+    restarts: int = 3
+    """How often one server is started again after it ended or hung; then it is given up."""
+    restart_delay: float = 1.0
+    """Seconds before a server is started again; doubled each further time."""
+    hang_timeout: float = 120.0
+    """Seconds without an answer to `/model_info` after which a server counts as hung and is started again."""
     extra_args: list[str] = field(default_factory=list)
     """Further arguments of `sglang.launch_server`, as given."""
 
@@ -301,7 +307,10 @@ class RolloutConfig:
     """Generation."""
 
     urls: list[str] = field(default_factory=list)
-    """Servers to use, as `http://host:port`. Empty: those of `rollout.server`."""
+    """Servers to use, as `http://host:port`. Empty, without `urls_file`: those of `rollout.server`."""
+    urls_file: str | None = None
+    """File with further servers, one address a line. Read again before every weight sync: new ones join, those gone
+    leave."""
     api_key_file: str | None = None
     """File with the servers' API key; unset: the environment's MAPO_API_KEY, else no key."""
     prompts_per_step: int = 8
@@ -319,7 +328,13 @@ class RolloutConfig:
     timeout: float = 600.0
     """Seconds for one request, generation included."""
     retries: int = 3
-    """Further tries of a failed request, on another server where there is one."""
+    """Further tries of a failed request, on another server where there is one. Not counted: servers taken out since."""
+    max_failures: int = 3
+    """Failed requests in a row after which a server is taken out, until it has got the weights anew."""
+    probe_timeout: float = 30.0
+    """Seconds to answer `/model_info`; a server that takes longer is taken out, and its requests go to others."""
+    wait_timeout: float = 600.0
+    """Seconds to wait for a server when all are gone; then the run saves a checkpoint and ends."""
     max_logprob_diff: float | None = None
     """Stop when the mean |server - trainer| log-prob difference of a step is above this; unset: only report."""
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -640,6 +655,7 @@ _RANGES: tuple[_Check, ...] = (
         "actor.parallel.virtual_pipeline actor.parallel.expert_tensor "
         "actor.mini_batches actor.epochs actor.microbatch_tokens actor.logprob_chunk "
         "rollout.prompts_per_step rollout.max_prompt_tokens rollout.max_response_tokens rollout.concurrency "
+        "rollout.max_failures "
         "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
         "rollout.server.max_running_requests rollout.sync.bucket_mb "
         "reward.workers data.eval_limit trainer.steps trainer.max_skipped trainer.keep_checkpoints "
@@ -653,7 +669,8 @@ _RANGES: tuple[_Check, ...] = (
     (
         "0 or more",
         lambda v: v >= 0,
-        "actor.optim.warmup_steps actor.lora.rank rollout.retries rollout.server.threads trainer.save_interval "
+        "actor.optim.warmup_steps actor.lora.rank rollout.retries rollout.server.threads rollout.server.restarts "
+        "trainer.save_interval "
         "trainer.evaluation.interval trainer.evaluation.samples trainer.threads tracking.samples "
         "trainer.keep_every reward.memory_mb",
     ),
@@ -661,12 +678,14 @@ _RANGES: tuple[_Check, ...] = (
         "0 or more and finite",
         lambda v: 0 <= v < math.inf,
         "actor.adv_norm.eps actor.loss.clip_high actor.loss.kl_coef actor.loss.entropy_coef actor.optim.eps "
-        "actor.optim.weight_decay reward.overlong_penalty rollout.max_logprob_diff",
+        "actor.optim.weight_decay reward.overlong_penalty rollout.max_logprob_diff "
+        "rollout.server.restart_delay",
     ),
     (
         "greater than 0 and finite",
         lambda v: 0 < v < math.inf,
         "actor.optim.lr actor.optim.clip_grad actor.lora.alpha rollout.temperature rollout.timeout "
+        "rollout.probe_timeout rollout.wait_timeout rollout.server.hang_timeout "
         "rollout.server.startup_timeout rollout.sync.timeout reward.timeout trainer.hang_timeout "
         "trainer.collective_timeout",
     ),
@@ -692,7 +711,7 @@ _RANGES: tuple[_Check, ...] = (
         "not empty",
         lambda v: v.strip() != "",
         "run.output_dir model.path data.train data.eval data.prompt_key data.answer_key reward.name "
-        "rollout.server.host rollout.api_key_file rollout.sync.disk_dir trainer.best_metric",
+        "rollout.server.host rollout.urls_file rollout.api_key_file rollout.sync.disk_dir trainer.best_metric",
     ),
 )
 
@@ -815,12 +834,20 @@ def _validate_trainer(config: Config) -> None:
     )
 
 
+def is_server_url(url: str) -> bool:
+    """Whether ``url`` is the base address of a server."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
+
+
 def _validate_rollout(config: Config) -> None:
     rollout = config.rollout
     for url in rollout.urls:
-        parts = urllib.parse.urlsplit(url)
         _require(
-            parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment,
+            is_server_url(url),
             f"rollout.urls must hold addresses such as http://host:30000, got {url!r}",
         )
     trimmed = [url.rstrip("/") for url in rollout.urls]
@@ -833,6 +860,11 @@ def _validate_rollout(config: Config) -> None:
     _require(
         rollout.sync.disk_dir is None or rollout.sync.mode is SyncMode.disk,
         f"rollout.sync.disk_dir is set but rollout.sync.mode={rollout.sync.mode.value} does not use it",
+    )
+    _require(
+        rollout.wait_timeout < config.trainer.hang_timeout,
+        f"rollout.wait_timeout ({rollout.wait_timeout:g}) must be below trainer.hang_timeout "
+        f"({config.trainer.hang_timeout:g}): the other ranks wait while rank 0 waits for servers",
     )
 
 

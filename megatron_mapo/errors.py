@@ -35,6 +35,14 @@ class RolloutError(MapoError):
     exit_code = 5
 
 
+class ServersOut(RolloutError):
+    """No server holds the current weights; those that answer serve again after a weight update."""
+
+
+class ServersLost(RolloutError):
+    """No server is left, and none came back within ``rollout.wait_timeout``."""
+
+
 class WeightSyncError(RolloutError):
     """The servers' weights could not be updated, or differ from the trainer's after an update."""
 

@@ -27,7 +27,15 @@ from megatron_mapo.algorithms.metrics import mismatch_metrics, rollout_metrics, 
 from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, OldLogprobs, Resume, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch, ragged_indices
-from megatron_mapo.errors import CheckpointError, ConfigError, MapoError, Preempted, TrainingError
+from megatron_mapo.errors import (
+    CheckpointError,
+    ConfigError,
+    MapoError,
+    Preempted,
+    ServersLost,
+    ServersOut,
+    TrainingError,
+)
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.health import Health
 from megatron_mapo.megatron import checkpoint, hf, runtime
@@ -110,6 +118,15 @@ class Trainer:
             raise failure
         return value  # type: ignore[return-value]
 
+    def on_servers(self, work: Callable[[], T]) -> T:
+        """``on_main(work)``; when no server is left, those that come back get the weights and ``work`` goes on."""
+        while True:
+            try:
+                return self.on_main(work)
+            except ServersOut as error:
+                self._say(f"step {self.step}: {error}")
+                self.sync_weights()
+
     def main_with(self, weights: Iterator[tuple[str, Tensor]], work: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
         """``work(weights)`` on rank 0 while all ranks bring the weights together; as ``on_main`` for errors.
 
@@ -178,7 +195,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, from wherever the run stands."""
         settings = self.config.trainer
-        self.sync_weights()
+        with self.watchdog.phase("weight_sync"):
+            self.sync_weights()
         if self.step == 0 and settings.evaluation.at_start:
             self.evaluate()
         while self.step < settings.steps:
@@ -207,7 +225,7 @@ class Trainer:
         clock = Clock(self.runtime, self.watchdog)
         start = time.perf_counter()
         with clock.phase("rollout"):
-            batch = self.on_main(lambda: self._main_rollout.sample(self.step))
+            batch = self.on_servers(lambda: self._main_rollout.sample(self.step))
         advantages = estimate_advantages(batch.rewards, batch.group_ids, self.config.actor.adv_norm)
         metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns, before = self.score(batch, clock)
@@ -215,17 +233,27 @@ class Trainer:
         with clock.phase("update"):
             metrics |= self.update(batch, columns, before)
         self.step += 1
-        with clock.phase("weight_sync"):
-            self.sync_weights()
-        seconds = time.perf_counter() - start
-        metrics |= {f"seconds/{name}": value for name, value in clock.seconds.items()}
+        try:
+            with clock.phase("weight_sync"):
+                self.sync_weights()
+        except ServersLost:
+            # The step is done, and its checkpoint is about to be saved: it must not miss in the log.
+            self._finish_step(batch, advantages, metrics, clock, time.perf_counter() - start)
+            raise
+        self._finish_step(batch, advantages, metrics, clock, time.perf_counter() - start)
+        self.health.check_finite(self.step, metrics["optim/skipped"] > 0, batch)
+        self._check_mismatch(metrics)
+
+    def _finish_step(
+        self, batch: SequenceBatch, advantages: Tensor, metrics: dict[str, float], clock: Clock, seconds: float
+    ) -> None:
+        """Log a step that took ``seconds``."""
+        metrics = metrics | {f"seconds/{name}": value for name, value in clock.seconds.items()}
         metrics["seconds/step"] = seconds
         metrics["speed/response_tokens_per_second"] = int(batch.response_lens.sum()) / seconds
         metrics["speed/tokens_per_second"] = len(batch.tokens) / seconds
         metrics |= self.health.compare_ranks()
         self.on_main(lambda: self._log(batch, advantages, metrics))
-        self.health.check_finite(self.step, metrics["optim/skipped"] > 0, batch)
-        self._check_mismatch(metrics)
 
     def score(self, batch: SequenceBatch, clock: Clock) -> tuple[dict[str, Tensor], TokenScores | None]:
         """Per-response-token columns that the loss needs from a forward pass, and the actor's scores if made."""
@@ -314,10 +342,15 @@ class Trainer:
         }
 
     def sync_weights(self) -> None:
-        """Give the servers the actor's weights, as version ``step``."""
-        with self.watchdog.phase("weight_sync"):
-            weights = self.policy.named_weights()
-            self.main_with(weights, lambda weights: self._main_rollout.update_weights(weights, self.step))
+        """Give the servers the actor's weights, as version ``step``; again if all that were there failed."""
+        while True:
+            self.on_main(lambda: self._main_rollout.await_servers())
+            try:
+                weights = self.policy.named_weights()
+                self.main_with(weights, lambda weights: self._main_rollout.update_weights(weights, self.step))
+                return
+            except ServersOut as error:
+                self._say(f"weight sync: {error}")
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the servers' current weights on held-out prompts; nothing without ``data.eval``.
@@ -325,11 +358,13 @@ class Trainer:
         Returns:
             what was logged, on every rank: ``pass_at_1``, ... (see ``rollout.evaluation.Tally.metrics``).
         """
-        with self.watchdog.phase("evaluation"):
-            return {} if self.config.data.eval is None else self.on_main(self._evaluate)
-
-    def _evaluate(self) -> dict[str, float]:
+        if self.config.data.eval is None:
+            return {}
         samples: list[dict[str, Any]] = []
+        with self.watchdog.phase("evaluation"):
+            return self.on_servers(lambda: self._evaluate(samples))
+
+    def _evaluate(self, samples: list[dict[str, Any]]) -> dict[str, float]:
         found = self._main_rollout.evaluate(self.step, samples.extend)
         self._main_tracker.log_evaluation(self.step, found, sorted(samples, key=row_order))
         return found
@@ -356,6 +391,15 @@ class Trainer:
             if not self.config.trainer.async_save:
                 self.checkpointer.wait()
 
+    def save_progress(self) -> None:
+        """Save a checkpoint of the finished steps that no checkpoint has yet."""
+        self.checkpointer.wait()
+        saved = self.on_main(lambda: checkpoint_files.complete_checkpoints(self.checkpoints))
+        if self.step > max((step for step, _ in saved), default=0):
+            self.save()
+            self.checkpointer.wait()
+            self._say(f"saved a checkpoint of step {self.step}")
+
     def export(self, out: Path) -> None:
         """Write the actor as a Hugging Face folder and, under LoRA, its adapters as PEFT's ``adapter/`` beside it."""
         self.main_with(self.policy.named_weights(), lambda weights: hf.save_folder(weights, self.model_path, out))
@@ -365,7 +409,7 @@ class Trainer:
             self.main_with(adapters, lambda weights: save_adapter(weights, lora, base, out.with_name("adapter")))
 
     def _log(self, batch: SequenceBatch, advantages: Tensor, metrics: dict[str, float]) -> None:
-        self._main_tracker.log(self.step, metrics)
+        self._main_tracker.log(self.step, metrics | self._main_rollout.server_metrics())
         self._main_tracker.log_samples(
             self.step, self._main_rollout.describe(batch, advantages, self.config.tracking.samples)
         )
@@ -401,6 +445,9 @@ def train(config: Config) -> None:
     try:
         trainer.open()
         trainer.run()
+    except ServersLost:
+        trainer.save_progress()
+        raise
     finally:
         trainer.close()
     process.close()

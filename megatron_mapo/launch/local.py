@@ -21,6 +21,7 @@ from megatron_mapo.launch.processes import Kept, supervise
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.client import read_api_key
 from megatron_mapo.rollout.server import ServerGroup
+from megatron_mapo.rollout.supervisor import Supervisor
 
 
 def default_processes(config: Config) -> int:
@@ -54,7 +55,7 @@ def trainer_environments(base: Mapping[str, str], config: Config, processes: int
     common |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    if not config.rollout.urls:
+    if not (config.rollout.urls or config.rollout.urls_file):
         # All servers are here too: gloo need not find out an address of this machine.
         common["GLOO_SOCKET_IFNAME"] = base.get("GLOO_SOCKET_IFNAME", "lo")
     return [{**base, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
@@ -101,7 +102,8 @@ def start_servers(config: Config, api_key: str | None, console: Console, log_dir
 def launch(config_path: str | None, overrides: Sequence[str], config: Config, processes: int) -> int:
     """Run servers and trainers until training ends.
 
-    With ``rollout.urls`` set no server is started.
+    With ``rollout.urls`` or ``rollout.urls_file`` set no server is started. Servers that end or hang are started
+    again; when none is left, the trainers find out, save a checkpoint and end.
 
     Args:
         config_path: YAML file, for the trainers.
@@ -114,7 +116,7 @@ def launch(config_path: str | None, overrides: Sequence[str], config: Config, pr
 
     Raises:
         ConfigError, DataError: the layout, the model or the run folder is not usable.
-        RolloutError: a server did not come up, or ended. Nothing is left running.
+        RolloutError: a server did not come up, or all were given up. Nothing is left running.
     """
     data_parallel_size(config, processes)
     console = Console(stderr=True)
@@ -126,18 +128,20 @@ def launch(config_path: str | None, overrides: Sequence[str], config: Config, pr
     # What was settled here holds for servers and trainers alike.
     arguments = [*overrides, f"model.path={json.dumps(model_path)}", f"model.dtype={config.model.dtype.value}"]
     with ExitStack() as stack:
-        check = _nothing_to_check
-        if not config.rollout.urls:
+        supervisor = None
+        if not (config.rollout.urls or config.rollout.urls_file):
             api_key = read_api_key(config.rollout.api_key_file) or secrets.token_urlsafe(32)
             servers = start_servers(config, api_key, console)
             stack.callback(servers.stop)
-            check = servers.check
+            supervisor = stack.enter_context(Supervisor(servers, say))
             # Through the environment only: a command line is visible to every user of the machine.
             environment["MAPO_API_KEY"] = api_key
             arguments.append(f"rollout.urls={json.dumps(servers.urls)}")
         command = trainer_command(config_path, arguments)
         ranks = trainer_environments(environment, config, processes)
-        code = supervise([stack.enter_context(Kept(command, env)) for env in ranks], check)
+        code = supervise([stack.enter_context(Kept(command, env)) for env in ranks], _nothing_to_check)
+        if code and supervisor is not None:
+            supervisor.check()
     if code - 128 in signal.valid_signals():
         name = signal.Signals(code - 128).name
         console.print(f"a trainer was killed by {name}; for SIGKILL look for a lack of memory", style="red")
@@ -145,4 +149,9 @@ def launch(config_path: str | None, overrides: Sequence[str], config: Config, pr
 
 
 def _nothing_to_check() -> None:
-    """The servers are somebody else's; the trainers report one that is gone."""
+    """Servers that end are started again, and the trainers find out about those that are not."""
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    print(line, file=sys.stderr, flush=True)

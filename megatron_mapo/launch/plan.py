@@ -272,8 +272,9 @@ def _optimizer_text(plan: Plan) -> str:
 
 def _server_rows(plan: Plan) -> list[tuple[str, str]]:
     rollout = plan.config.rollout
-    if rollout.urls:
-        return [("servers", f"none is started; in use: {', '.join(rollout.urls)}")]
+    if rollout.urls or rollout.urls_file:
+        used = [*rollout.urls, *([f"those in {rollout.urls_file}"] if rollout.urls_file else [])]
+        return [("servers", f"none is started; in use: {', '.join(used)}")]
     server = rollout.server
     ports = "free ports" if server.port == 0 else f"port {server.port} to {server.port + server.count - 1}"
     urls = [f"http://{server.host}:{server.port + i}" for i in range(server.count)] if server.port else [server.host]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,14 @@ from typing import Any
 
 import aiohttp
 
-from megatron_mapo.errors import RolloutError
+from megatron_mapo.errors import RolloutError, ServersOut
+from megatron_mapo.rollout.pool import NEVER_UPDATED, ServerPool, State
 
 RETRY_SECONDS = 0.5
 """Wait before the first retry; doubled for each further one."""
+WATCH_SECONDS = 2.0
+"""Between two looks at the servers that have requests."""
+POLL_SECONDS = 0.05
 LOGPROB_SLACK = 1e-3
 """A log-prob may exceed 0 by rounding of the server's softmax, up to this."""
 
@@ -62,6 +67,10 @@ class _Retryable(RolloutError):
     """A failure that another try, or another server, may not have."""
 
 
+class Refused(RolloutError):
+    """The server answered that it will not do this (a status from 400 to 499)."""
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -90,7 +99,7 @@ def _versions_of(meta: dict[str, Any], count: int) -> list[int]:
 
 def _version(text: str) -> int:
     # a server that was never updated calls its version "default"
-    return 0 if text == "default" else int(text)
+    return NEVER_UPDATED if text == "default" else int(text)
 
 
 def parse_response(item: Any, sampling: Sampling, vocab_size: int | None = None) -> Response:
@@ -161,33 +170,41 @@ class RolloutClient:
     """Talks to SGLang servers. All calls must come from one event loop; ``close`` when done.
 
     Args:
-        urls: base addresses.
+        servers: base addresses, or the pool of servers that others share.
         api_key: bearer key, if the servers ask for one.
         timeout: seconds for one request, generation included.
         retries: further tries of a failed generation, on another server where there is one.
         vocab_size: tokens at or above it are refused.
+        probe_timeout: seconds to answer ``/model_info``.
 
     Raises:
-        RolloutError: ``urls`` is empty.
+        RolloutError: ``servers`` is empty.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
+        servers: ServerPool | Sequence[str],
         api_key: str | None = None,
         timeout: float = 600.0,
         retries: int = 3,
         vocab_size: int | None = None,
+        probe_timeout: float = 30.0,
     ) -> None:
-        if not urls:
+        self.pool = ServerPool.of(servers)
+        if not self.pool.urls:
             raise RolloutError("no generation server: set rollout.urls, or start servers with `megatron-mapo serve`")
-        self.urls = [url.rstrip("/") for url in urls]
         self.timeout = timeout
         self.retries = retries
         self.vocab_size = vocab_size
-        self._load = dict.fromkeys(self.urls, 0)
+        self.probe_timeout = min(probe_timeout, timeout)
+        self._running: dict[str, set[asyncio.Task]] = {}
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of all servers."""
+        return self.pool.urls
 
     async def close(self) -> None:
         """Close all connections."""
@@ -229,20 +246,37 @@ class RolloutClient:
                 status = reply.status
         except TimeoutError:
             raise _Retryable(f"{url}{path}: no answer within {seconds:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: bytes that are no text
             raise _Retryable(f"{url}{path}: {type(error).__name__}: {error}") from error
         if status in (401, 403):
-            raise RolloutError(
+            raise Refused(
                 f"{url}{path}: the server refused the API key (status {status}); "
                 "set rollout.api_key_file or MAPO_API_KEY to the server's key"
             )
         if status != 200:
-            kind = _Retryable if status >= 500 else RolloutError
+            kind = _Retryable if status >= 500 else Refused
             raise kind(f"{url}{path}: status {status}: {text[:500]}")
         try:
             return json.loads(text)
         except json.JSONDecodeError:
             return text
+
+    async def on_each(
+        self, urls: Iterable[str], path: str, body: dict[str, Any] | None = None, timeout: float = 0.0
+    ) -> tuple[dict[str, Any], dict[str, RolloutError]]:
+        """The same POST to several servers at once: their answers, and the failures of those without one."""
+        chosen = list(urls)
+        calls = [self.request(url, path, body, timeout=timeout) for url in chosen]
+        answers: dict[str, Any] = {}
+        failures: dict[str, RolloutError] = {}
+        for url, answer in zip(chosen, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(answer, RolloutError):
+                failures[url] = answer
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                answers[url] = answer
+        return answers, failures
 
     async def on_all(self, path: str, body: dict[str, Any] | None = None, timeout: float = 0.0) -> list[Any]:
         """The same POST to every server at once; the answers in the order of ``urls``.
@@ -250,12 +284,10 @@ class RolloutClient:
         Raises:
             RolloutError: of the first server that failed, after all have answered.
         """
-        calls = [self.request(url, path, body, timeout=timeout) for url in self.urls]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
+        answers, failures = await self.on_each(self.urls, path, body, timeout)
+        for failure in failures.values():
+            raise failure
+        return list(answers.values())
 
     async def generate(
         self, token_ids: Sequence[int], n: int, sampling: Sampling, seeds: Sequence[int] | None = None
@@ -273,64 +305,153 @@ class RolloutClient:
             ``n`` responses, in the order of ``seeds``.
 
         Raises:
-            RolloutError: all tries failed, or a server answered with something else.
+            ServersOut: no server serves (any more).
+            RolloutError: all tries failed, or every server refused the request.
         """
         if seeds is not None and len(seeds) != n:
             raise ValueError(f"{len(seeds)} seeds for {n} responses")
         body = _generate_body(token_ids, n, sampling, seeds)
         failed: list[str] = []
-        for attempt in range(self.retries + 1):
-            url = self._pick(failed)
+        refused: list[str] = []
+        while True:
+            url = await self._pick(failed)
+            member = self.pool[url]
+            member.load += n  # before the next request looks for a server
             try:
-                return await self._generate_on(url, body, n, sampling)
-            except _Retryable as error:
+                responses = await self._cancellable(url, self._generate_on(url, body, n, sampling))
+            except (_Retryable, Refused) as error:
                 failed.append(url)
-                last = error
-            if attempt < self.retries:
-                await asyncio.sleep(RETRY_SECONDS * 2**attempt)
-        raise RolloutError(f"generation failed {len(failed)} times (rollout.retries={self.retries}): {last}")
+                refused += [url] if isinstance(error, Refused) else []
+                await self._count(url, failed, refused, error)
+            else:
+                self.pool.succeeded(url)
+                return responses
+            finally:
+                member.load -= n
+            await asyncio.sleep(RETRY_SECONDS * 2 ** (len(failed) - 1))
 
-    def _pick(self, failed: list[str]) -> str:
-        """The least loaded server among those that failed least for this request."""
-        url = min(self.urls, key=lambda u: (failed.count(u), self._load[u]))
+    async def _count(self, url: str, failed: list[str], refused: list[str], error: RolloutError) -> None:
+        """After a failed try: think about the server, and give the request up if that was its last one."""
+        serving = [u for u in self.pool.in_state(State.serving) if u != url]
+        if isinstance(error, Refused) and all(u in refused for u in serving):
+            raise error
+        if self.pool.failed(url, str(error)):
+            await self.probe(url)
+        elif url in self.pool and self.pool[url].state is State.out:
+            self._give_up(url)
+        # A request is not to blame for a server that was found to be out of order.
+        counted = [u for u in failed if u in self.pool and self.pool[u].state is not State.out]
+        if len(counted) > self.retries:
+            raise RolloutError(
+                f"generation failed {len(counted)} times (rollout.retries={self.retries}): {error}"
+            ) from error
+
+    async def _pick(self, failed: Sequence[str]) -> str:
+        """A server for a request that has failed on the servers ``failed``."""
+        while (url := self.pool.pick(failed)) is None:
+            if not self.pool.in_state(State.suspect):
+                raise ServersOut(f"no generation server serves: {self.pool.describe()}")
+            await asyncio.sleep(POLL_SECONDS)  # somebody is asking the suspects
         return url
 
-    async def _generate_on(self, url: str, body: dict[str, Any], n: int, sampling: Sampling) -> list[Response]:
-        self._load[url] += n
+    async def _cancellable(self, url: str, work: Coroutine[Any, Any, list[Response]]) -> list[Response]:
+        """Do ``work`` on a server, and give it up when the server is taken out."""
+        task = asyncio.ensure_future(work)
+        running = self._running.setdefault(url, set())
+        running.add(task)
         try:
-            if n > 1:
-                # The prompt alone first: requests that arrive together do not find each other in the prefix
-                # cache, and the server would compute the same prompt n times.
-                prompt_only = {"input_ids": body["input_ids"][0], "sampling_params": {"max_new_tokens": 0}}
-                await self.request(url, "/generate", prompt_only)
-            answer = await self.request(url, "/generate", body)
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise
+            raise _Retryable(f"{url}/generate: given up, the server is out") from None
         finally:
-            self._load[url] -= n
-        if not isinstance(answer, list) or len(answer) != n:
-            raise RolloutError(f"{url}/generate: not the {n} responses that were asked for")
+            running.discard(task)
+
+    # --------------------------------------------------------------------------------------- health
+
+    async def probe(self, url: str) -> None:
+        """Ask a server who it is: a right answer clears a suspect, anything else takes it out."""
         try:
-            return [parse_response(item, sampling, self.vocab_size) for item in answer]
+            version = await self.weight_version(url)
+        except RolloutError as error:
+            self.take_out(url, str(error))
+            return
+        if self.pool.expects(version):
+            self.pool.clear(url)
+        else:
+            self.take_out(url, f"it has weight version {version}, expected {self.pool.version}")
+
+    def take_out(self, url: str, reason: str) -> None:
+        """No more requests for a server; those that it has go to others."""
+        self.pool.take_out(url, reason)
+        self._give_up(url)
+
+    def _give_up(self, url: str) -> None:
+        """Cancel what a server is working on."""
+        for task in self._running.get(url, set()) - {asyncio.current_task()}:
+            task.cancel()
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Inside, servers with requests, and suspects, are asked every ``WATCH_SECONDS`` whether they are there."""
+
+        async def watch() -> None:
+            while True:
+                busy = [u for u in self.urls if self.pool[u].load and self.pool[u].state is State.serving]
+                await asyncio.gather(*map(self.probe, [*busy, *self.pool.in_state(State.suspect)]))
+                await asyncio.sleep(WATCH_SECONDS)
+
+        task = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _generate_on(self, url: str, body: dict[str, Any], n: int, sampling: Sampling) -> list[Response]:
+        if n > 1:
+            # The prompt alone first: requests that arrive together do not find each other in the prefix
+            # cache, and the server would compute the same prompt n times.
+            prompt_only = {"input_ids": body["input_ids"][0], "sampling_params": {"max_new_tokens": 0}}
+            await self.request(url, "/generate", prompt_only)
+        answer = await self.request(url, "/generate", body)
+        if not isinstance(answer, list) or len(answer) != n:
+            raise _Retryable(f"{url}/generate: not the {n} responses that were asked for")
+        try:
+            responses = [parse_response(item, sampling, self.vocab_size) for item in answer]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise _Retryable(f"{url}/generate: {type(error).__name__}: {error}") from error
         except _Retryable as error:
             raise _Retryable(f"{url}/generate: {error}") from None
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise RolloutError(f"{url}/generate: {type(error).__name__}: {error}") from error
+        for version in {version for response in responses for version in response.weight_versions}:
+            if not self.pool.expects(version):
+                reason = f"it sampled with weight version {version}, expected {self.pool.version}"
+                self.take_out(url, reason)
+                raise _Retryable(f"{url}/generate: {reason}")
+        return responses
 
     async def model_info(self, url: str) -> dict[str, Any]:
         """What ``/model_info`` says: ``model_path``, ``weight_version``, ..."""
-        return await self.request(url, "/model_info", method="GET", timeout=min(self.timeout, 30.0))
+        return await self.request(url, "/model_info", method="GET", timeout=self.probe_timeout)
+
+    async def weight_version(self, url: str) -> int:
+        """Version of a server's weights; ``NEVER_UPDATED`` if they are those that it was started with.
+
+        Raises:
+            RolloutError: no answer, or one without a version.
+        """
+        info = await self.model_info(url)
+        try:
+            return _version(info["weight_version"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RolloutError(f"{url}/model_info: no weight version in the answer ({error!r})") from error
 
     async def weight_versions(self) -> list[int]:
-        """Version of every server's weights; 0 if it was never updated."""
-        return [_version((await self.model_info(url))["weight_version"]) for url in self.urls]
+        """``weight_version`` of every server."""
+        return [await self.weight_version(url) for url in self.urls]
 
     async def pause(self, timeout: float = 0.0) -> None:
         """Stop generation on all servers. Running requests wait, and keep the tokens they have."""
         await self.on_all("/pause_generation", {"mode": "retract"}, timeout)
-
-    async def resume(self, timeout: float = 0.0) -> None:
-        """Let all servers generate again; waiting requests recompute their cache with the weights of now."""
-        await self.on_all("/continue_generation", {"torch_empty_cache": False}, timeout)
-
-    async def flush_cache(self, timeout: float = 0.0) -> None:
-        """Drop every cached prefix on all servers."""
-        await self.on_all("/flush_cache", timeout=timeout)

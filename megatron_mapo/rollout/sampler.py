@@ -96,6 +96,8 @@ class Sampler:
         self._watch = watch or (lambda: None)
         self._progress = progress or (lambda done, total: None)
         self._runner = asyncio.Runner()
+        self._finished: dict[int, _Group] = {}
+        self._finished_of: tuple[int, ...] = ()
 
     def close(self) -> None:
         """Close the client and the event loop."""
@@ -125,13 +127,19 @@ class Sampler:
 
         Raises:
             DataError: a prompt is empty or too long.
+            ServersOut: no server holds the weights (any more). Called again with the same arguments, it keeps
+                the groups that are finished.
             RolloutError: a server failed, or sampled with weights that are too old.
             RewardError: the verifier failed.
         """
         _check_prompts(prompts, self.config.max_prompt_tokens)
         n = self.config.responses_per_prompt
         sampling = Sampling(self.config.max_response_tokens, self.config.temperature, self._stop)
+        key = (version, seed, *(prompt.id for prompt in prompts))
+        if key != self._finished_of:
+            self._finished, self._finished_of = {}, key
         groups = self._run(self._groups(prompts, n, sampling, seed))
+        self._finished, self._finished_of = {}, ()
         responses = [response for group in groups for response in group.responses]
         batch = SequenceBatch.from_responses(
             [prompt.token_ids for prompt in prompts for _ in range(n)],
@@ -188,9 +196,11 @@ class Sampler:
         slots = asyncio.Semaphore(self.config.concurrency)
 
         async def one(position: int, prompt: PromptLike) -> _Group:
-            async with slots:
-                responses = await self._responses(prompt, position, n, sampling, seed)
-            return _Group(responses, await self._rewards(prompt, responses))
+            if position not in self._finished:
+                async with slots:
+                    responses = await self._responses(prompt, position, n, sampling, seed)
+                self._finished[position] = _Group(responses, await self._rewards(prompt, responses))
+            return self._finished[position]
 
         return await self._each(prompts, one)
 
@@ -216,7 +226,7 @@ class Sampler:
             return result
 
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with self._client.watched(), asyncio.TaskGroup() as tasks:
                 pending = [tasks.create_task(counted(i, prompt)) for i, prompt in enumerate(prompts)]
         except BaseExceptionGroup as failures:
             raise _first(failures) from failures

@@ -108,20 +108,26 @@ class Server:
     def __init__(self, url: str, log: Path, arguments: list[str], api_key: str | None, env: dict[str, str]) -> None:
         self.url = url
         self.log = log
+        self._arguments = arguments
         self._api_key = api_key
+        self._env = env
         self._keeper: subprocess.Popen | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
-        with open(log, "ab") as output:
+
+    def start(self) -> None:
+        """Start it; again after ``stop``. What it prints is added to the log."""
+        assert self._keeper is None
+        with open(self.log, "ab") as output:
             self._keeper = subprocess.Popen(
                 [sys.executable, "-m", "megatron_mapo.rollout.server_main"],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=env,
+                env=self._env,
                 start_new_session=True,
             )
-        order = {"args": arguments, "api_key": api_key, "log": str(log.absolute())}
+        order = {"args": self._arguments, "api_key": self._api_key, "log": str(self.log.absolute())}
         self._pipe.write(json.dumps(order).encode() + b"\n")
         self._pipe.flush()
 
@@ -137,13 +143,17 @@ class Server:
         assert self._keeper is not None
         return self._keeper.pid
 
+    def status(self) -> int | None:
+        """Exit status; None while it runs, or if it was stopped from here."""
+        return None if self._keeper is None else self._keeper.poll()
+
     def check(self) -> None:
         """Raise if the server ended.
 
         Raises:
             RolloutError: with the end of its log.
         """
-        status = None if self._keeper is None else self._keeper.poll()
+        status = self.status()
         if status is not None:
             raise RolloutError(
                 f"the server {self.url} ended with status {status}; the end of {self.log}:\n{log_tail(self.log)}"
@@ -246,6 +256,7 @@ class ServerGroup:
                 log = self.log_dir / f"server-{port}.log"
                 args = server_arguments(self.config, self.model, port, index)
                 self.servers.append(Server(f"http://{host}:{port}", log, args, self.api_key, env))
+                self.servers[-1].start()
             self._wait()
         except BaseException:
             self.stop()

@@ -15,10 +15,12 @@ from transformers import AutoTokenizer
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
 from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.errors import RolloutError, ServersOut
 from megatron_mapo.hardware import has_accelerator
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
+from megatron_mapo.rollout.pool import ServerPool, read_urls_file
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
 from megatron_mapo.rollout.scoring import Scorer
 from megatron_mapo.rollout.served import check_served
@@ -29,9 +31,15 @@ _TRAIN, _EVAL = 0, 1
 
 
 def server_urls(config: Config) -> list[str]:
-    """Servers to use: ``rollout.urls``, else where ``rollout.server`` would listen."""
-    server = config.rollout.server
-    return config.rollout.urls or [f"http://{server.host}:{server.port + i}" for i in range(server.count)]
+    """Servers to use: ``rollout.urls`` and those of ``rollout.urls_file``, else where ``rollout.server`` would listen.
+
+    Raises:
+        RolloutError: the file cannot be used.
+    """
+    rollout, server = config.rollout, config.rollout.server
+    if rollout.urls_file is not None:
+        return [*rollout.urls, *read_urls_file(rollout.urls_file)]
+    return rollout.urls or [f"http://{server.host}:{server.port + i}" for i in range(server.count)]
 
 
 def stop_token_ids(model_path: Path, eos_token_id: int | None) -> list[int]:
@@ -44,12 +52,16 @@ def stop_token_ids(model_path: Path, eos_token_id: int | None) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-def open_client(config: Config, model_path: Path, urls: list[str], api_key: str | None) -> RolloutClient:
+def open_client(
+    config: Config, model_path: Path, servers: ServerPool | list[str], api_key: str | None
+) -> RolloutClient:
     """A client of servers that hold the model of ``model_path``."""
     hf, rollout = json.loads((model_path / "config.json").read_text()), config.rollout
     check_served(hf, rollout.max_prompt_tokens + rollout.max_response_tokens, on_cpu=not has_accelerator())
     # The model's vocabulary, not the tokenizer's: many models have rows that no text leads to.
-    return RolloutClient(urls, api_key, rollout.timeout, rollout.retries, hf["vocab_size"])
+    return RolloutClient(
+        servers, api_key, rollout.timeout, rollout.retries, hf["vocab_size"], probe_timeout=rollout.probe_timeout
+    )
 
 
 class RolloutSession:
@@ -62,6 +74,7 @@ class RolloutSession:
 
     Attributes:
         prompts: the training prompts and where they stand.
+        pool: the servers and their states.
     """
 
     def __init__(self, config: Config, model_path: Path, device: torch.device) -> None:
@@ -75,22 +88,35 @@ class RolloutSession:
         self.rewards = RewardPool(config.reward)
         self.scorer = Scorer(self.tokenizer, self.rewards)
         api_key = read_api_key(config.rollout.api_key_file)
-        urls = server_urls(config)
-        client = open_client(config, model_path, urls, api_key)
+        rollout = config.rollout
+        self.pool = ServerPool(server_urls(config), rollout.max_failures, log=_say)
+        client = open_client(config, model_path, self.pool, api_key)
         stop = stop_token_ids(model_path, self.tokenizer.eos_token_id)
-        self.sampler = Sampler(client, config.rollout, self.scorer, stop)
-        self.weight_sync = WeightSync(config.rollout.sync, urls, api_key, model_path, config.run_dir, device)
+        self.sampler = Sampler(client, rollout, self.scorer, stop)
+        self.weight_sync = WeightSync(
+            rollout.sync, self.pool, api_key, model_path, config.run_dir, device, rollout.probe_timeout
+        )
         self._last_prompts: list[Prompt] = []
+        self._tally: tuple[int, Tally] | None = None
 
     def _load(self, source: str, split: str, key: str, limit: int | None) -> PromptSet:
         longest = self.config.rollout.max_prompt_tokens
         return load_prompts(source, split, self.config.data, self.tokenizer, longest, key=key, limit=limit)
 
     def sample(self, version: int) -> SequenceBatch:
-        """The next rollout batch, sampled with weights of ``version``."""
+        """The next rollout batch, sampled with weights of ``version``.
+
+        Raises:
+            ServersOut: no server holds them (any more). The next call gives the same batch, and goes on with it.
+        """
+        here = self.prompts.state_dict()
         self._last_prompts = self.prompts.next(self.config.rollout.prompts_per_step)
         seed = sample_seed(self.config.run.seed, _TRAIN, version)
-        batch = self.sampler.sample(self._last_prompts, version, seed)
+        try:
+            batch = self.sampler.sample(self._last_prompts, version, seed)
+        except ServersOut:
+            self.prompts.load_state_dict(here)
+            raise
         penalty = self.config.reward.overlong_penalty
         return replace(batch, rewards=batch.rewards - penalty * batch.truncated) if penalty else batch
 
@@ -100,12 +126,19 @@ class RolloutSession:
         Args:
             version: of the weights; part of the seed.
             write: called with the samples of a prompt, as soon as it is finished.
+
+        Raises:
+            ServersOut: as ``sample``. The next call goes on with the prompts that are missing.
         """
         assert self.held_out is not None
-        samples = self.config.trainer.evaluation.samples
-        tally = Tally(len(self.held_out), samples, greedy=True, extracts=self.rewards.extracts)
+        if self._tally is None or self._tally[0] != version:
+            samples = self.config.trainer.evaluation.samples
+            tally = Tally(len(self.held_out), samples, greedy=True, extracts=self.rewards.extracts)
+            self._tally = (version, tally)
+        tally = self._tally[1]
         evaluator = Evaluator(self.sampler, self.scorer, right_from(self.config))
         evaluator.run(self.held_out, tally, sample_seed(self.config.run.seed, _EVAL, version), write)
+        self._tally = None
         return tally.metrics(self.config.run.seed)
 
     def describe(self, batch: SequenceBatch, advantages: Tensor, count: int) -> list[dict[str, Any]]:
@@ -125,12 +158,38 @@ class RolloutSession:
             for i in range(min(count, len(batch)))
         ]
 
+    def await_servers(self) -> None:
+        """Let servers of ``rollout.urls_file`` join and leave, and wait until one can take weights.
+
+        Raises:
+            ServersLost: none came within ``rollout.wait_timeout``.
+        """
+        if self.config.rollout.urls_file is not None:
+            try:
+                self.pool.set_members(server_urls(self.config))
+            except RolloutError as error:  # somebody may just be writing it
+                _say(f"{error}; the servers stay the same")
+        self.weight_sync.await_servers(self.config.rollout.wait_timeout, _say)
+
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Send ``weights`` to all servers as ``version``, and check that they arrived."""
+        """Send ``weights`` to the servers that answer as ``version``, and check that they arrived.
+
+        Raises:
+            ServersOut: none of them has got all.
+            WeightSyncError: another try would fail in the same way.
+        """
         self.weight_sync.update(weights, version)
+
+    def server_metrics(self) -> dict[str, float]:
+        """Servers and failed requests since the last call (see ``ServerPool.metrics``)."""
+        return self.pool.metrics()
 
     def close(self) -> None:
         """Close connections and verifier processes."""
         self.weight_sync.close()
         self.sampler.close()
         self.rewards.close()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

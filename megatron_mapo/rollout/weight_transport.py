@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -25,24 +25,35 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
 from megatron_mapo.errors import RolloutError, WeightSyncError
-from megatron_mapo.rollout.client import RolloutClient
+from megatron_mapo.rollout.client import Refused, RolloutClient
 from megatron_mapo.rollout.server import is_loopback
 
 CLEANUP_SECONDS = 10.0
 """Most time that a server gets to answer while a failed update is being cleaned up."""
+LEAVE_SECONDS = 1.0
+"""How long servers may take to leave a group before this process breaks it from its side."""
+
+Failures = dict[str, RolloutError]
+"""What servers failed with, by address."""
 
 
 class Transport(Protocol):
-    """Moves one update; every call is for all servers and raises on the first failure."""
+    """Moves one update to several servers."""
 
-    async def begin(self) -> None:
-        """Get ready to ``send``."""
+    async def connect(self, workers: Mapping[str, int]) -> None:
+        """Get ready to ``send`` to these servers, given with the number of their workers; all or none."""
+
+    async def begin(self) -> Failures:
+        """Open the update on every connected server; the failures of those that did not."""
 
     async def send(self, bucket: Bucket) -> None:
-        """Move one bucket; its memory may be reused afterwards."""
+        """Move one bucket to all connected servers, or raise. May be repeated after a failure."""
 
-    async def end(self) -> None:
-        """After this the servers hold the new weights."""
+    async def end(self, urls: Sequence[str]) -> Failures:
+        """Finish the update: these servers hold the new weights, but for those that failed."""
+
+    async def leave(self) -> Failures:
+        """Take the connection apart after a failed ``connect`` or ``send``; those that do not even answer to that."""
 
     async def reset(self) -> None:
         """Forget a failed update, so that a next one can begin. Does not raise."""
@@ -122,15 +133,14 @@ class BroadcastTransport:
     function of torch, so that they agree on the keys in the store.
 
     Args:
-        client: the servers.
-        workers: number of tensor-parallel workers of each server.
+        client: talks to the servers.
         device: of the tensors: NCCL on CUDA, gloo on CPU.
         timeout: seconds for one request or collective.
     """
 
-    def __init__(self, client: RolloutClient, workers: list[int], device: torch.device, timeout: float) -> None:
+    def __init__(self, client: RolloutClient, device: torch.device, timeout: float) -> None:
         self.client = client
-        self.workers = workers
+        self.workers: dict[str, int] = {}
         self.device = device
         self.timeout = timeout
         self._backend = "nccl" if device.type == "cuda" else "gloo"
@@ -138,11 +148,18 @@ class BroadcastTransport:
         self._store: dist.TCPStore | None = None
         self._name = ""
 
-    async def begin(self) -> None:
-        """Join the group if there is none, and open the servers' update session."""
-        if self._group is None:
-            await self._join()
-        await self.client.on_all("/begin_weight_update", {}, self.timeout)
+    async def connect(self, workers: Mapping[str, int]) -> None:
+        """Join one group with these servers, unless they are those of the present group."""
+        if self._group is not None and dict(workers) == self.workers:
+            return
+        await self.leave()
+        self.workers = dict(workers)
+        await self._join()
+
+    async def begin(self) -> Failures:
+        """Open the servers' update session, after one that a trainer that died has left open."""
+        await self._try(list(self.workers), "/end_weight_update", {})
+        return (await self.client.on_each(self.workers, "/begin_weight_update", {}, self.timeout))[1]
 
     async def send(self, bucket: Bucket) -> None:
         """Broadcast one bucket."""
@@ -155,29 +172,38 @@ class BroadcastTransport:
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        request = self.client.on_all("/update_weights_from_distributed", body, self.timeout)
-        await self._both(request, lambda: self._broadcast(bucket.flat))
+        calls = [
+            self.client.request(url, "/update_weights_from_distributed", body, timeout=self.timeout)
+            for url in self.workers
+        ]
+        flat = bucket.flat
+        await self._both(asyncio.gather(*calls), lambda: self._broadcast(flat))
 
-    async def end(self) -> None:
+    async def end(self, urls: Sequence[str]) -> Failures:
         """Close the servers' update session."""
-        await self.client.on_all("/end_weight_update", {}, self.timeout)
+        return (await self.client.on_each(urls, "/end_weight_update", {}, self.timeout))[1]
 
     async def reset(self) -> None:
         """Leave the group and close a session that is still open; servers that do not answer are passed over."""
-        await self._leave()
-        await self._try_all("/end_weight_update", {})
+        await self.leave()
+        await self._try(list(self.workers), "/end_weight_update", {})
 
     async def close(self) -> None:
         """Leave the group."""
-        await self._leave()
+        await self.leave()
 
     async def _join(self) -> None:
-        world = 1 + sum(self.workers)
+        world = 1 + sum(self.workers.values())
         self._name = f"megatron-mapo-{uuid.uuid4().hex[:12]}"
         limit = timedelta(seconds=self.timeout)
         self._store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, timeout=limit, wait_for_workers=False)
+        # With a connection of its own: dropping `_store` then ends the store, and with it everybody's wait in it.
+        own = dist.TCPStore(
+            "127.0.0.1", self._store.port, world, is_master=False, timeout=limit, wait_for_workers=False
+        )
+        prefix = PrefixStore(self._name, own)
         calls, offset = [], 1
-        for url, workers in zip(self.client.urls, self.workers, strict=True):
+        for url, workers in self.workers.items():
             body = {
                 "master_address": _address_towards(url),
                 "master_port": self._store.port,
@@ -188,76 +214,89 @@ class BroadcastTransport:
             }
             calls.append(self.client.request(url, "/init_weights_update_group", body, timeout=self.timeout))
             offset += workers
-        await self._both(asyncio.gather(*calls), lambda: self._build(world))
+        await self._both(asyncio.gather(*calls), lambda: self._build(world, self._name, prefix))
 
-    def _build(self, world: int) -> None:
-        assert self._store is not None
+    def _build(self, world: int, name: str, store: PrefixStore) -> None:
         group, _ = _new_process_group_helper(
             world,
             0,
             [],
             Backend(self._backend),
-            PrefixStore(self._name, self._store),
-            group_name=self._name,  # type: ignore[arg-type]
+            store,
+            group_name=name,  # type: ignore[arg-type]
             timeout=timedelta(seconds=self.timeout),
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-        self._group = group
+        if name == self._name:  # else it was given up in the meantime
+            self._group = group
 
     def _broadcast(self, flat: Tensor) -> None:
-        assert self._group is not None
+        group = self._group
+        assert group is not None
         options = dist.BroadcastOptions()
         options.rootRank = 0
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            self._group.broadcast([flat], options).wait()
+            group.broadcast([flat], options).wait()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
     async def _both(self, request: Awaitable[object], local: Callable[[], None]) -> None:
         """Run a request and this process's part of the collective side by side.
 
-        If the request fails, the collective has no partner and is not waited for: ``reset`` breaks it.
+        If the request fails, the collective has no partner and is not waited for: ``leave`` breaks it.
         """
         task = asyncio.ensure_future(request)
-        thread = asyncio.get_running_loop().run_in_executor(None, local)
-        await asyncio.wait((task, thread), return_when=asyncio.FIRST_EXCEPTION)
-        if task.done() and task.exception() is not None:
-            thread.add_done_callback(lambda future: future.cancelled() or future.exception())
-            task.result()
-        if thread.done() and thread.exception() is not None and not task.done():
-            # the servers may know more than "connection closed by peer"
-            await asyncio.wait((task,), timeout=CLEANUP_SECONDS)
+        thread = asyncio.get_running_loop().run_in_executor(None, _failure, local)
+        try:
+            await asyncio.wait((task, thread), return_when=asyncio.FIRST_COMPLETED)
+            if thread.done() and thread.result() and not task.done():
+                # the servers may know more than "connection closed by peer"
+                await asyncio.wait((task,), timeout=LEAVE_SECONDS)
             if task.done():
                 task.result()
+            if failure := await thread:
+                raise WeightSyncError(failure)
+            await task
+        finally:
             task.cancel()
-        await thread
-        await task
 
-    async def _leave(self) -> None:
+    async def leave(self) -> Failures:
+        """Take the group apart; servers that do not answer are given back."""
         group, self._group = self._group, None
-        if not self._name:
-            return
+        name, self._name = self._name, ""
+        if not name:
+            return {}
+        body = {"group_name": name}
+        asked = asyncio.ensure_future(self._try(list(self.workers), "/destroy_weights_update_group", body))
         # the servers first: it breaks a collective in which this process still waits
-        await self._try_all("/destroy_weights_update_group", {"group_name": self._name})
-        self._name = ""
+        await asyncio.wait((asked,), timeout=LEAVE_SECONDS)
+        # and this breaks one in which they wait
+        self._store = None
         # The whole process may have left all of its groups before.
         if group is not None and _world.pg_map.get(group) is not None:
             dist.destroy_process_group(group)
-        self._store = None
+        del group  # only when the last reference is gone are its connections closed
+        return {url: failure for url, failure in (await asked).items() if not isinstance(failure, Refused)}
 
-    async def _try_all(self, path: str, body: dict) -> None:
+    async def _try(self, urls: Sequence[str], path: str, body: dict) -> Failures:
         limit = min(self.timeout, CLEANUP_SECONDS)
-        calls = [self.client.request(url, path, body, timeout=limit) for url in self.client.urls]
-        for answer in await asyncio.gather(*calls, return_exceptions=True):
-            if isinstance(answer, BaseException) and not isinstance(answer, RolloutError):
-                raise answer
+        return (await self.client.on_each(urls, path, body, limit))[1]
+
+
+def _failure(work: Callable[[], None]) -> str:
+    """Do ``work``; what it failed with, as text: an exception's traceback would keep the group and its connections."""
+    try:
+        work()
+    except (RuntimeError, TimeoutError) as error:
+        return str(error) or repr(error)
+    return ""
 
 
 class DiskTransport:
     """Safetensors shards in a fresh folder, which the servers load.
 
     Args:
-        client: the servers.
+        client: talks to the servers.
         model_path: folder whose configuration and tokenizer files go beside the weights.
         folder: parent of the fresh folders; the servers must see it under the same path.
         timeout: seconds for the servers to load.
@@ -273,7 +312,10 @@ class DiskTransport:
         self._bytes = 0
         self._shards = 0
 
-    async def begin(self) -> None:
+    async def connect(self, workers: Mapping[str, int]) -> None:
+        """Nothing to do: all servers read the same folder."""
+
+    async def begin(self) -> Failures:
         """Make the folder and copy the model's small files."""
         self._index, self._bytes, self._shards = {}, 0, 0
         with self._disk_errors():
@@ -283,6 +325,7 @@ class DiskTransport:
             for file in self.model_path.iterdir():
                 if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in file.name:
                     shutil.copyfile(file, self._target / file.name)
+        return {}
 
     async def send(self, bucket: Bucket) -> None:
         """Write one bucket as one shard."""
@@ -299,7 +342,7 @@ class DiskTransport:
         self._bytes += bucket.nbytes
         self._shards += 1
 
-    async def end(self) -> None:
+    async def end(self, urls: Sequence[str]) -> Failures:
         """Write the index, let the servers load, and delete older folders."""
         assert self._target is not None
         index = {"metadata": {"total_size": self._bytes}, "weight_map": self._index}
@@ -309,8 +352,14 @@ class DiskTransport:
             _sync(path)
             _sync(self._target)
         body = {"model_path": str(self._target.absolute()), "flush_cache": False}
-        await self.client.on_all("/update_weights_from_disk", body, self.timeout)
-        self._delete_others(self._target)
+        _, failures = await self.client.on_each(urls, "/update_weights_from_disk", body, self.timeout)
+        if len(failures) < len(urls):
+            self._delete_others(self._target)
+        return failures
+
+    async def leave(self) -> Failures:
+        """Nothing to take apart."""
+        return {}
 
     async def reset(self) -> None:
         """Delete the unfinished folder."""

@@ -71,6 +71,13 @@ class FrozenSession:
         write([{"prompt_id": 0, "sample": 0, "weights": self.weights}])
         return {"pass_at_1": found}
 
+    def await_servers(self) -> None:
+        """There are none."""
+
+    def server_metrics(self) -> dict[str, float]:
+        """There are none."""
+        return {}
+
     def close(self) -> None:
         """Nothing is open."""
 

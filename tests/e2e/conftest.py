@@ -26,6 +26,11 @@ def even(response, answer, metadata):
     return sum(map(ord, response)) % 2 == 0
 
 
+def slowly_even(response, answer, metadata):
+    time.sleep(0.05)
+    return even(response, answer, metadata)
+
+
 def broken(response, answer, metadata):
     raise ValueError("no such answer")
 

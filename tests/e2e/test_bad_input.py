@@ -50,7 +50,9 @@ def test_malformed_row_names_its_line(workspace: Path, server_url: str, tmp_path
 
 def test_no_server_is_an_error_that_names_it(workspace: Path) -> None:
     port = choose_ports(ServerConfig(port=0))[0]
-    done = run(command(workspace, f"rollout.urls=[http://127.0.0.1:{port}]", "run.name=alone", "rollout.retries=0"))
-    assert done.returncode in (5, 6)
+    waits = "rollout.wait_timeout=1"
+    done = run(command(workspace, f"rollout.urls=[http://127.0.0.1:{port}]", "run.name=alone", waits))
+    assert done.returncode == 5
+    assert waits in done.stderr
     assert f"127.0.0.1:{port}" in done.stderr
     assert "Traceback" not in done.stderr

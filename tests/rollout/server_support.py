@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_mapo.config import Dtype, ModelConfig, ServerConfig
@@ -27,6 +29,27 @@ def model_config(path: Path) -> ModelConfig:
 
 def load(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def changed(path: Path, seed: int) -> PreTrainedModel:
+    """The model with noise on every weight."""
+    model = load(path)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """As a trainer streams them: one buffer, overwritten for every tensor."""
+    largest = max(p.numel() for p in model.parameters())
+    buffer = torch.empty(largest)
+    for name, parameter in model.named_parameters():
+        view = buffer[: parameter.numel()].view(parameter.shape)
+        view.copy_(parameter.detach())
+        yield name, view
+    buffer.fill_(float("nan"))
 
 
 @torch.no_grad()
