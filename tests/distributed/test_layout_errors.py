@@ -18,7 +18,8 @@ def test_layouts_that_cannot_be_are_refused_on_every_rank(launcher: Launcher, tm
     cases = {
         "three a replica": ("three", ["actor.parallel.tensor=3"], r"= 3 \* 1 \* 1 = 3 does not divide the 2 ranks"),
         "four a replica": ("three", [TP, PP], r"= 2 \* 2 \* 1 = 4 does not divide the 2 ranks"),
-        "experts": ("three", ["actor.parallel.expert=3"], r"actor\.parallel\.expert \(3\) does not divide"),
+        "experts": ("three", ["actor.parallel.expert=3"], r"expert_tensor = 3 \* 1 = 3 does not divide the 2 ranks of"),
+        "experts of a dense model": ("three", ["actor.parallel.expert=2"], "expert=2, but the model has no experts"),
         "layers": ("three", [PP], "actor.parallel.pipeline=2 does not divide the model's 3 layers"),
         "heads": ("one_head", [TP], "actor.parallel.tensor=2 does not divide the model's 1 key/value heads"),
         "mlp": ("odd_mlp", [TP], "actor.parallel.tensor=2 does not divide the model's 129 rows of the MLP"),
