@@ -265,7 +265,7 @@ mapo_await_nodes() {
   local i
   mapo_answers "$TRAINER_NODES" "${TRAINER_GROUP[@]}" && mapo_answers "$SERVER_NODES" "${SERVER_GROUP[@]}" && return
   mapo_say "a node does not answer; waiting for Slurm to requeue the job"
-  for ((i = 0; i < 600; i++)); do mapo_nap; done
+  for ((i = 0; i < 600 && !${#MAPO_ASKED}; i++)); do mapo_nap; done
   mapo_give_up
 }
 
