@@ -80,6 +80,22 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def _loopback_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store | None:
+    """Where the ranks of one machine meet, for this machine alone: torch's own listens on every interface.
+
+    None where the ranks meet elsewhere: on several machines, or at torchrun's agent.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if host not in ("127.0.0.1", "localhost") or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    if rank != 0:
+        return dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timeout)
+    listener = socket.create_server(("127.0.0.1", port))
+    return dist.TCPStore(
+        "127.0.0.1", port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
+    )
+
+
 def initialize(config: Config) -> Runtime:
     """Join the process group of torchrun (or be alone), and build megatron's groups.
 
@@ -103,7 +119,13 @@ def initialize(config: Config) -> Runtime:
         torch.set_num_threads(threads)
     timeout = datetime.timedelta(seconds=config.trainer.collective_timeout)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
+        store = _loopback_store(int(os.environ["RANK"]), world_size, timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=store, rank=int(os.environ["RANK"]), world_size=world_size, timeout=timeout
+            )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
