@@ -1,6 +1,6 @@
-"""A store for the process group that holds nothing of an earlier start.
+"""Where the trainers of one start meet: a key-value store that nobody else reads.
 
-torchrun keeps one key-value store for all its restarts, and a process group looks for its peers' addresses there:
+On one machine it listens on loopback alone (torch's own listens on every interface). torchrun keeps one key-value store for all its restarts, and a process group looks for its peers' addresses there:
 after a restart it can find those of processes that are dead (pytorch issues 135712, 167288). The count of
 restarts in the environment does not tell the starts apart, because each node has its own. So rank 0 names the start by
 a random token, and every other rank makes sure that the rank 0 which wrote it is alive.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import time
 import uuid
 
@@ -19,11 +20,31 @@ _PATIENCE = 2.0
 """Seconds that a rank waits for rank 0's answer before it looks for a newer token."""
 
 
-def start_store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store | None:
-    """The part of torchrun's store that belongs to this start; None if there is no such store. Collective."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world_size == 1:
-        return None
+def meeting_place(rank: int, world_size: int, timeout: datetime.timedelta) -> Store | None:
+    """The store of this start; None where torch's own has to do (several machines, no torchrun agent). Collective.
+
+    Args:
+        rank: this process.
+        world_size: number of processes.
+        timeout: for everything that is asked of the store.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _part_of_agents_store(address, port, rank, world_size, timeout)
+    if address in ("127.0.0.1", "localhost") and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return _loopback_store(port, rank, world_size, timeout)
+    return None
+
+
+def _loopback_store(port: int, rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
+    if rank != 0:
+        return TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timeout)
+    listener = socket.create_server(("127.0.0.1", port)).detach()
+    return TCPStore("127.0.0.1", port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener)
+
+
+def _part_of_agents_store(address: str, port: int, rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
+    """The part of torchrun's store that belongs to this start."""
     store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
     token = _lead(store, world_size) if rank == 0 else _follow(store, rank, timeout.total_seconds())
     return PrefixStore(f"start/{token}", store)

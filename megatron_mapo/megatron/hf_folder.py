@@ -165,7 +165,8 @@ def copy_companions(source: Path, out: Path) -> None:
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             if not file.name.endswith(".safetensors.index.json"):
-                shutil.copy2(file, out)
+                # Contents alone: permissions are those that the user's umask gives, as for all other files.
+                shutil.copyfile(file, out / file.name)
 
 
 def _say_dtype(file: Path, dtype: torch.dtype | None) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mapo.config import Config, data_parallel_size
-from megatron_mapo.rendezvous import start_store
+from megatron_mapo.rendezvous import meeting_place
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ def initialize(config: Config) -> Runtime:
     timeout = datetime.timedelta(seconds=config.trainer.collective_timeout)
     if not dist.is_initialized():
         rank = int(os.environ["RANK"])
-        store = start_store(rank, world_size, timeout)
+        store = meeting_place(rank, world_size, timeout)
         if store is None:
             dist.init_process_group(backend, timeout=timeout)
         else:

@@ -79,8 +79,9 @@ def apply_in_server() -> None:
     if os.environ.get(ACTIVE) != "1":
         return
     check_version()
-    from megatron_mapo.patches.sglang_cpu import attention, sampling, workers
+    from megatron_mapo.patches.sglang_cpu import attention, requests, sampling, workers
 
     attention.apply()
+    requests.apply()
     sampling.apply()
     workers.apply()

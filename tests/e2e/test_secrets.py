@@ -1,0 +1,97 @@
+"""A whole run of ``launch local``, looked at from outside while it runs and afterwards."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+KEY = "key-of-this-job-0c5f1e"
+TOKEN = "hf_tokenOfThisUser7Qx"
+
+
+class Seen:
+    """What every process of the run shows to other users of the machine."""
+
+    def __init__(self) -> None:
+        self.command_lines: set[str] = set()
+        self.names: dict[int, str] = {}  # the last of each process: sglang's workers change theirs
+        self.listening: set[tuple[str, int]] = set()
+
+    def look(self, process: psutil.Process) -> None:
+        for one in [process, *process.children(recursive=True)]:
+            try:
+                command = " ".join(one.cmdline())
+                self.command_lines.add(command)
+                self.names[one.pid] = command or self.names.get(one.pid, "")
+                for connection in one.net_connections("inet"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        self.listening.add((connection.laddr.ip, one.pid))
+            except psutil.NoSuchProcess:  # it ended while we looked
+                continue
+
+
+@pytest.fixture(scope="module")
+def launched(workspace: Path) -> tuple[Seen, Path, str]:
+    """What was seen during a run of one step, the run's folder, and what the run printed."""
+    command = [sys.executable, "-m", "megatron_mapo", "launch", "local", "--config", str(workspace / "config.yaml")]
+    command += ["run.name=secrets", "trainer.steps=1", "trainer.evaluation.at_start=false", "trainer.export=true"]
+    command += ["rollout.sync.mode=disk"]  # a broadcast opens a store for servers on other machines (docs/security.md)
+    environment = {**os.environ, "MAPO_API_KEY": KEY, "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    seen, printed = Seen(), workspace / "printed"
+    with printed.open("wb") as output:
+        run = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, umask=0o027)
+        try:
+            deadline = time.monotonic() + 280
+            while run.poll() is None:
+                assert time.monotonic() < deadline, printed.read_text()
+                seen.look(psutil.Process(run.pid))
+                time.sleep(0.1)
+        finally:
+            run.terminate()  # the launcher ends its servers and trainers
+            run.wait()
+    assert run.returncode == 0, printed.read_text()
+    return seen, workspace / "runs" / "secrets", printed.read_text()
+
+
+def test_no_command_line_shows_a_secret(launched: tuple[Seen, Path, str]) -> None:
+    lines = launched[0].command_lines
+    for program in ("rollout.server_main --serve", "megatron_mapo.train", "launch.keeper"):
+        assert any(program in line for line in lines), lines
+    assert not [line for line in lines if KEY in line or TOKEN in line]
+
+
+def test_nothing_written_or_printed_holds_a_secret(launched: tuple[Seen, Path, str]) -> None:
+    _, folder, printed = launched
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    names = {file.name for file in files}
+    assert names >= {"config.yaml", "metrics.jsonl", "samples.jsonl"}
+    assert any(name.startswith("server-") for name in names)
+    for secret in (KEY.encode(), TOKEN.encode()):
+        assert secret not in printed.encode()
+        assert not [file for file in files if secret in file.read_bytes()]
+
+
+def test_files_get_the_permissions_that_the_user_asks_for(launched: tuple[Seen, Path, str]) -> None:
+    """The user's umask takes everything from others here. Weights on their way to servers are for other users too."""
+    folder = launched[1]
+    for path in [folder, *folder.rglob("*")]:
+        if (folder / "weights") in path.parents:
+            continue
+        assert not path.stat().st_mode & stat.S_IRWXO, path
+
+
+def test_nothing_of_ours_listens_beyond_this_machine(launched: tuple[Seen, Path, str]) -> None:
+    """sglang's scheduler opens a store of torch's own for its group of one rank (docs/security.md)."""
+    seen = launched[0]
+    local = {seen.names[pid] for ip, pid in seen.listening if ip in ("127.0.0.1", "::1")}
+    beyond = {seen.names[pid] for ip, pid in seen.listening if ip not in ("127.0.0.1", "::1")}
+    assert any("server_main" in name for name in local)
+    assert any("megatron_mapo.train" in name for name in local)
+    assert not [name for name in beyond if not name.startswith("sglang::scheduler")]
