@@ -104,7 +104,7 @@ class Fleet:
             finally:
                 await client.close()
 
-        assert self.serving() == urls
+        assert self.serving() == urls, self.lines
         for url in urls:
             response = asyncio.run(generate(url))
             assert set(response.weight_versions) == {self.version}
