@@ -11,10 +11,10 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -125,110 +125,71 @@ def _address_towards(url: str) -> str:
         return probe.getsockname()[0]
 
 
-class BroadcastTransport:
-    """One process group of this process (rank 0) and all workers of all servers; a broadcast a bucket.
+class _Group:
+    """A process group of this process (rank 0) and the workers of some servers.
 
-    The group has a store of its own and stands apart from the trainer's process groups. The servers
-    join it in ``sglang.srt.utils.init_custom_process_group``; both sides build it with the same
-    function of torch, so that they agree on the keys in the store.
-
-    Args:
-        client: talks to the servers.
-        device: of the tensors: NCCL on CUDA, gloo on CPU.
-        timeout: seconds for one request or collective.
+    It has a store of its own and stands apart from the trainer's process groups. The servers join it in
+    ``sglang.srt.utils.init_custom_process_group``; both sides build it with the same function of torch, so that they
+    agree on the keys in the store.
     """
 
-    def __init__(self, client: RolloutClient, device: torch.device, timeout: float) -> None:
+    def __init__(self, client: RolloutClient, workers: Mapping[str, int], device: torch.device, timeout: float) -> None:
         self.client = client
-        self.workers: dict[str, int] = {}
+        self.workers = dict(workers)
         self.device = device
         self.timeout = timeout
+        self.name = f"megatron-mapo-{uuid.uuid4().hex[:12]}"
         self._backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
-        self._name = ""
+        self._left = False
 
-    async def connect(self, workers: Mapping[str, int]) -> None:
-        """Join one group with these servers, unless they are those of the present group."""
-        if self._group is not None and dict(workers) == self.workers:
-            return
-        await self.leave()
-        self.workers = dict(workers)
-        await self._join()
-
-    async def begin(self) -> Failures:
-        """Open the servers' update session, after one that a trainer that died has left open."""
-        await self._try(list(self.workers), "/end_weight_update", {})
-        return (await self.client.on_each(self.workers, "/begin_weight_update", {}, self.timeout))[1]
-
-    async def send(self, bucket: Bucket) -> None:
-        """Broadcast one bucket."""
-        names, shapes = [name for name, _ in bucket.tensors], [list(tensor.shape) for _, tensor in bucket.tensors]
-        body = {
-            "names": names,
-            "shapes": shapes,
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket.tensors],
-            "group_name": self._name,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        calls = [
-            self.client.request(url, "/update_weights_from_distributed", body, timeout=self.timeout)
-            for url in self.workers
-        ]
-        flat = bucket.flat
-        await self._both(asyncio.gather(*calls), lambda: self._broadcast(flat))
-
-    async def end(self, urls: Sequence[str]) -> Failures:
-        """Close the servers' update session."""
-        return (await self.client.on_each(urls, "/end_weight_update", {}, self.timeout))[1]
-
-    async def reset(self) -> None:
-        """Leave the group and close a session that is still open; servers that do not answer are passed over."""
-        await self.leave()
-        await self._try(list(self.workers), "/end_weight_update", {})
-
-    async def close(self) -> None:
-        """Leave the group."""
-        await self.leave()
-
-    async def _join(self) -> None:
+    async def join(self) -> None:
+        """Form the group."""
         world = 1 + sum(self.workers.values())
-        self._name = f"megatron-mapo-{uuid.uuid4().hex[:12]}"
         limit = timedelta(seconds=self.timeout)
         self._store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, timeout=limit, wait_for_workers=False)
+        port = self._store.port
         # With a connection of its own: dropping `_store` then ends the store, and with it everybody's wait in it.
-        own = dist.TCPStore(
-            "127.0.0.1", self._store.port, world, is_master=False, timeout=limit, wait_for_workers=False
-        )
-        prefix = PrefixStore(self._name, own)
+        own = dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=limit, wait_for_workers=False)
+        prefix = PrefixStore(self.name, own)
         calls, offset = [], 1
         for url, workers in self.workers.items():
             body = {
                 "master_address": _address_towards(url),
-                "master_port": self._store.port,
+                "master_port": port,
                 "rank_offset": offset,
                 "world_size": world,
-                "group_name": self._name,
+                "group_name": self.name,
                 "backend": self._backend,
             }
             calls.append(self.client.request(url, "/init_weights_update_group", body, timeout=self.timeout))
             offset += workers
-        await self._both(asyncio.gather(*calls), lambda: self._build(world, self._name, prefix))
+        await _both(asyncio.gather(*calls), lambda: self._build(world, prefix))
 
-    def _build(self, world: int, name: str, store: PrefixStore) -> None:
+    def _build(self, world: int, store: PrefixStore) -> None:
         group, _ = _new_process_group_helper(
             world,
             0,
             [],
             Backend(self._backend),
             store,
-            group_name=name,  # type: ignore[arg-type]
+            group_name=self.name,  # type: ignore[arg-type]
             timeout=timedelta(seconds=self.timeout),
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-        if name == self._name:  # else it was given up in the meantime
+        if not self._left:
             self._group = group
+
+    async def broadcast(self, body: dict[str, Any], flat: Tensor) -> None:
+        """Send ``flat`` to the servers, with the request that tells them what it is."""
+        calls = [
+            self.client.request(
+                url, "/update_weights_from_distributed", {**body, "group_name": self.name}, timeout=self.timeout
+            )
+            for url in self.workers
+        ]
+        await _both(asyncio.gather(*calls), lambda: self._broadcast(flat))
 
     def _broadcast(self, flat: Tensor) -> None:
         group = self._group
@@ -240,34 +201,14 @@ class BroadcastTransport:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
-    async def _both(self, request: Awaitable[object], local: Callable[[], None]) -> None:
-        """Run a request and this process's part of the collective side by side.
-
-        If the request fails, the collective has no partner and is not waited for: ``leave`` breaks it.
-        """
-        task = asyncio.ensure_future(request)
-        thread = asyncio.get_running_loop().run_in_executor(None, _failure, local)
-        try:
-            await asyncio.wait((task, thread), return_when=asyncio.FIRST_COMPLETED)
-            if thread.done() and thread.result() and not task.done():
-                # the servers may know more than "connection closed by peer"
-                await asyncio.wait((task,), timeout=LEAVE_SECONDS)
-            if task.done():
-                task.result()
-            if failure := await thread:
-                raise WeightSyncError(failure)
-            await task
-        finally:
-            task.cancel()
-
     async def leave(self) -> Failures:
-        """Take the group apart; servers that do not answer are given back."""
+        """Take the group apart; the failures of servers that do not answer."""
+        self._left = True
         group, self._group = self._group, None
-        name, self._name = self._name, ""
-        if not name:
-            return {}
-        body = {"group_name": name}
-        asked = asyncio.ensure_future(self._try(list(self.workers), "/destroy_weights_update_group", body))
+        limit = min(self.timeout, CLEANUP_SECONDS)
+        asked = asyncio.ensure_future(
+            self.client.on_each(self.workers, "/destroy_weights_update_group", {"group_name": self.name}, limit)
+        )
         # the servers first: it breaks a collective in which this process still waits
         await asyncio.wait((asked,), timeout=LEAVE_SECONDS)
         # and this breaks one in which they wait
@@ -276,11 +217,106 @@ class BroadcastTransport:
         if group is not None and _world.pg_map.get(group) is not None:
             dist.destroy_process_group(group)
         del group  # only when the last reference is gone are its connections closed
-        return {url: failure for url, failure in (await asked).items() if not isinstance(failure, Refused)}
+        return {url: failure for url, failure in (await asked)[1].items() if not isinstance(failure, Refused)}
 
-    async def _try(self, urls: Sequence[str], path: str, body: dict) -> Failures:
+
+class BroadcastTransport:
+    """Broadcasts of buckets.
+
+    On CUDA there is one group of this process and all workers of all servers (NCCL). With gloo each server has a group
+    of its own: gloo hands data on from member to member, and one that hangs would hold up those behind it.
+
+    Args:
+        client: talks to the servers.
+        device: of the tensors: NCCL on CUDA, gloo on CPU.
+        timeout: seconds for one request or collective.
+    """
+
+    def __init__(self, client: RolloutClient, device: torch.device, timeout: float) -> None:
+        self.client = client
+        self.device = device
+        self.timeout = timeout
+        self._groups: list[_Group] = []
+        self._workers: dict[str, int] = {}
+
+    async def connect(self, workers: Mapping[str, int]) -> None:
+        """Join groups with these servers, unless they are those of the present groups."""
+        if self._groups and dict(workers) == self._workers:
+            return
+        await self.leave()
+        self._workers = dict(workers)
+        parts = [workers] if self.device.type == "cuda" else [{url: count} for url, count in workers.items()]
+        self._groups = [_Group(self.client, part, self.device, self.timeout) for part in parts]
+        await _all(group.join() for group in self._groups)
+
+    async def begin(self) -> Failures:
+        """Open the servers' update session, after one that a trainer that died has left open."""
+        await self._end_sessions()
+        return (await self.client.on_each(self._workers, "/begin_weight_update", {}, self.timeout))[1]
+
+    async def send(self, bucket: Bucket) -> None:
+        """Broadcast one bucket."""
+        body = {
+            "names": [name for name, _ in bucket.tensors],
+            "shapes": [list(tensor.shape) for _, tensor in bucket.tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket.tensors],
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await _all(group.broadcast(body, bucket.flat) for group in self._groups)
+
+    async def end(self, urls: Sequence[str]) -> Failures:
+        """Close the servers' update session."""
+        return (await self.client.on_each(urls, "/end_weight_update", {}, self.timeout))[1]
+
+    async def leave(self) -> Failures:
+        """Take the groups apart; the failures of servers that do not answer."""
+        groups, self._groups = self._groups, []
+        failures: Failures = {}
+        for found in await asyncio.gather(*(group.leave() for group in groups)):
+            failures |= found
+        return failures
+
+    async def reset(self) -> None:
+        """Leave the groups and close sessions that are still open; servers that do not answer are passed over."""
+        await self.leave()
+        await self._end_sessions()
+
+    async def close(self) -> None:
+        """Leave the groups."""
+        await self.leave()
+
+    async def _end_sessions(self) -> None:
         limit = min(self.timeout, CLEANUP_SECONDS)
-        return (await self.client.on_each(urls, path, body, limit))[1]
+        await self.client.on_each(self._workers, "/end_weight_update", {}, limit)
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do all, to the end; then raise the first failure."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+async def _both(request: Awaitable[object], local: Callable[[], None]) -> None:
+    """Run a request and this process's part of the collective side by side.
+
+    If the request fails, the collective has no partner and is not waited for: ``leave`` breaks it.
+    """
+    task = asyncio.ensure_future(request)
+    thread = asyncio.get_running_loop().run_in_executor(None, _failure, local)
+    try:
+        await asyncio.wait((task, thread), return_when=asyncio.FIRST_COMPLETED)
+        if thread.done() and thread.result() and not task.done():
+            # the servers may know more than "connection closed by peer"
+            await asyncio.wait((task,), timeout=LEAVE_SECONDS)
+        if task.done():
+            task.result()
+        if failure := await thread:
+            raise WeightSyncError(failure)
+        await task
+    finally:
+        task.cancel()
 
 
 def _failure(work: Callable[[], None]) -> str:

@@ -53,6 +53,7 @@ def numbers(table: list[dict]) -> list[dict]:
     return [{k: row[k] for k in ("step", "reward/mean", "response/length_mean", "loss/total")} for row in table]
 
 
+@pytest.mark.slow
 def test_servers_join_leave_and_are_all_gone(
     workspace: Path, pair: ServerGroup, server_url: str, tmp_path: Path
 ) -> None:

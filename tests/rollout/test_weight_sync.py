@@ -153,11 +153,11 @@ def test_an_error_of_the_trainer_is_not_disguised(call, sync, model_path):
 
 def test_a_broken_process_group_is_made_again(call, sync, model_path):
     sync.update(tensors(changed(model_path, 70)), 70)
-    name = sync._transport._name
+    name = sync._transport._groups[0].name
     call(lambda c: c.request(c.urls[0], "/destroy_weights_update_group", {"group_name": name}))
     model = changed(model_path, 71)
     sync.update(tensors(model), 71)
-    assert sync._transport._name != name
+    assert sync._transport._groups[0].name != name
     assert_serves(call, model, 71)
 
 
