@@ -103,7 +103,8 @@ run: {{output_dir: {folder / "runs"}}}
 model: {{path: {folder / "model"}, dtype: float32}}
 data: {{train: train.jsonl, eval: heldout.jsonl}}
 actor: {{optim: {{lr: 1.0e-3}}, microbatch_tokens: 512}}
-rollout: {{prompts_per_step: 3, responses_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 12}}
+rollout:
+  {{prompts_per_step: 3, responses_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 12, wait_timeout: 2}}
 trainer:
   steps: {STEPS}
   save_interval: 1

@@ -314,7 +314,7 @@ GARBAGE = [
 
 @contextlib.contextmanager
 def bad_server(version: Callable[[], int]) -> Iterator[tuple[str, list[str]]]:
-    """A server that reports the right weight version and generates garbage; its address and the paths that were asked for."""
+    """A server that reports the right version and generates garbage; its address, and the paths that were asked for."""
     calls: list[str] = []
     ready, url = threading.Event(), []
     loop = asyncio.new_event_loop()
