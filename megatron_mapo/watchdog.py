@@ -14,10 +14,11 @@ import json
 import os
 import socket
 import sys
+import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -93,28 +94,42 @@ class Watchdog:
         partial.rename(self.folder / f"rank_{self.rank}.json")
 
     def _report(self) -> None:
-        """Wait for the others' summaries; the lowest rank that gave one prints them all."""
-        deadline = time.monotonic() + _GRACE_POLLS * self._poll
-        while len(list(self.folder.glob("rank_*.json"))) < self.world_size and time.monotonic() < deadline:
-            time.sleep(self._poll / 4)
-        found = read_summaries(self.folder)
+        """Wait for the others' summaries; the lowest rank that gave one prints them all.
+
+        The others wait for it: when one process ends, a launcher ends the rest.
+        """
+        self._wait(lambda: len(list(self.folder.glob("rank_*.json"))) == self.world_size)
+        found, told = read_summaries(self.folder), self.folder / "told"
         if self.rank == min(found):
             print_summaries(found, self.world_size, self.folder, self.timeout, sys.stderr)
+            told.touch()
+        self._wait(told.exists)
+
+    def _wait(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _GRACE_POLLS * self._poll
+        while not holds() and time.monotonic() < deadline:
+            time.sleep(self._poll / 8)
 
 
 def standing_in(thread: int) -> str:
-    """The collective that a thread of this process is in, else the innermost line of its stack."""
+    """The innermost line of a thread's stack outside torch and Python, and the collective that it called."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "no Python code"
     stack = traceback.extract_stack(frame)
-    ours = next((f for f in reversed(stack) if "megatron" in f.filename), stack[-1])
-    place = f"{Path(ours.filename).name}:{ours.lineno} in {ours.name}"
-    collective = next(
-        (f.name for f in reversed(stack) if f.filename.endswith("distributed_c10d.py") and not f.name.startswith("_")),
-        None,
-    )
+    library = sysconfig.get_paths()["stdlib"]
+    index = len(stack) - 1
+    while index > 0 and _is_inside(stack[index].filename, library):
+        index -= 1
+    place = f"{Path(stack[index].filename).name}:{stack[index].lineno} in {stack[index].name}"
+    called = (f.name.lstrip("_") for f in stack[index + 1 :] if f.filename.endswith("distributed_c10d.py"))
+    collective = next(called, None)
     return f"{collective}, called from {place}" if collective else place
+
+
+def _is_inside(file: str, library: str) -> bool:
+    """A file of torch or of Python itself."""
+    return "/torch/" in file or (file.startswith(library) and "site-packages" not in file)
 
 
 def read_summaries(folder: Path) -> dict[int, dict[str, object]]:

@@ -52,9 +52,9 @@ KILLS += [Case(place, "kill", rank) for place in ("save, staging", "save, writin
 KILLS += [Case(f"save, {place}", "kill") for place in ("manifest", "name", "clean-up")]
 KILLS += [Case("anywhere", "kill", 1)]
 HANGS = [
-    Case("forward", "hang", 1, says=r"rank 1 .*step 4 > update .*in faulty_trainer"),
+    Case("forward", "hang", 1, says=r"rank 1 .*step 4 > update .*in faulty_trainer\.py"),
     Case("gradient reduction", "hang", 0, says=r"rank 1 .*step 4 > update .*in \w+, called from"),
-    Case("rollout", "hang", 0, says=r"rank 1 .*step 4 > rollout .*in broadcast_object_list, called from runtime"),
+    Case("rollout", "hang", 0, says=r"rank 1 .*step 4 > rollout .*in broadcast_object_list, called from runtime\.py"),
     Case("backward", "stop", 1, says=r"rank 1: no answer; it is stopped"),
 ]
 NUMBERS = [
