@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 from tiny_models import make_tiny_model
 
-from megatron_mapo import preemption
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.launch import slurm, slurm_task
@@ -62,24 +59,28 @@ def test_a_rank_is_what_srun_says() -> None:
     assert (found["MASTER_ADDR"], found["MASTER_PORT"], found["OMP_NUM_THREADS"]) == ("10.0.0.1", "4711", "3")
 
 
-class Alone:
-    """A runtime of one rank."""
+BLOCKED = """
+import os, signal, subprocess, sys
+from megatron_mapo import preemption
 
-    def gather(self, value: bool) -> list[bool]:
+class Alone:
+    def gather(self, value):
         return [value]
+
+signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+preemption.install()
+print(preemption.requested(Alone()))
+child = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"]
+subprocess.run(child, check=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print(preemption.requested(Alone()))
+"""
 
 
 def test_a_signal_that_a_launcher_has_blocked_is_seen_and_kills_nobody() -> None:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
-    try:
-        assert not preemption.requested(Alone())  # type: ignore[arg-type]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.requested(Alone())  # type: ignore[arg-type]
-        child = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"]
-        assert subprocess.run(child, capture_output=True, text=True).stdout == "alive\n"
-        assert signal.sigwait(preemption.SIGNALS) == signal.SIGTERM
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    command = [sys.executable, "-u", "-c", BLOCKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "alive", "True"], done.stderr
 
 
 @pytest.fixture
