@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from runs import API_KEY, command, environment, rows, run
 from megatron_mapo.config import Dtype, ModelConfig, ServerConfig
 from megatron_mapo.rollout.server import ServerGroup
 
-STEPS = 8
+STEPS = 24
 
 
 @pytest.fixture
@@ -48,6 +49,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def kill(pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
+    """A signal to a process and all its descendants."""
+    for one in [pid, *descendants(pid)]:
+        with contextlib.suppress(ProcessLookupError):  # the kernel was faster
+            os.kill(one, sig)
+
+
 def numbers(table: list[dict]) -> list[dict]:
     """Of each step what does not depend on which server did what."""
     return [{k: row[k] for k in ("step", "reward/mean", "response/length_mean", "loss/total")} for row in table]
@@ -76,10 +84,10 @@ def test_servers_join_leave_and_are_all_gone(
         wait_for(lambda: steps(run_dir)[-1]["servers/serving"] == 2, child)
         file.write_text(f"{second}\n")
         wait_for(lambda: steps(run_dir)[-1]["servers/total"] == 1, child)
-        pair.servers[0].stop()  # it left: nobody minds
+        kill(pair.servers[0].pid)  # it left: nobody minds
         done = len(steps(run_dir))
         wait_for(lambda: len(steps(run_dir)) > done, child)
-        pair.servers[1].stop()
+        kill(pair.servers[1].pid)
         assert child.wait(timeout=120) == 5
     finally:
         child.kill()
@@ -119,10 +127,8 @@ def test_launched_servers_that_are_killed_or_hang_are_started_again(workspace: P
         wait_for(lambda: len(steps(run_dir)) >= 1, child)
         servers = [pid for pid in descendants(child.pid) if b"--serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         killed, hung, _ = servers
-        for pid in [killed, *descendants(killed)]:
-            os.kill(pid, signal.SIGKILL)
-        for pid in [hung, *descendants(hung)]:
-            os.kill(pid, signal.SIGSTOP)
+        kill(killed)
+        kill(hung, signal.SIGSTOP)
         wait_for(lambda: steps(run_dir)[-1]["servers/serving"] == 1, child)
         wait_for(lambda: steps(run_dir)[-1]["servers/serving"] == 3, child)
         assert child.wait(timeout=200) == 0, log.read_text()
