@@ -1,7 +1,12 @@
-"""Verifier ``reasoning_gym``: the task's own scorer (github.com/open-thought/reasoning-gym)."""
+"""Verifier ``reasoning_gym``: the task's own scorer (github.com/open-thought/reasoning-gym).
+
+Some scorers hand the answer to Python's ``eval``, or to sympy's ``parse_expr``, which does so too. A response that
+calls anything must not get there: it is wrong, whatever the task.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,6 +17,21 @@ from reasoning_gym import get_score_answer_fn
 from megatron_mapo.rewards.answers import final_statement
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+EVALUATED_AS_PYTHON = frozenset({"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"})
+"""Tasks that ``eval`` an answer, for it may be a list."""
+EVALUATED_BY_SYMPY = frozenset(
+    {"countdown", "puzzle24", "simple_integration", "intermediate_integration", "polynomial_multiplication"}
+)
+"""Tasks that ``parse_expr`` an answer."""
+_ARITHMETIC = (ast.Expression, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Name, ast.Load)
+_CONTAINERS = (ast.List, ast.Tuple, ast.Set, ast.Dict)
+_FUNCTIONS = {
+    *("sqrt", "exp", "log", "ln", "Abs", "erf", "Integral"),
+    *("sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh"),
+    *("asin", "acos", "atan", "asinh", "acosh", "atanh"),
+}
+"""What a formula may call; the tasks' own answers use some of these."""
 
 
 def verify(response: str, answer: str, metadata: dict[str, Any]) -> float:
@@ -36,7 +56,10 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> float:
             "the row has no `source_dataset`: reward.name=reasoning_gym needs data.train=reasoning_gym:TASK"
         )
     entry = {"question": metadata.get("question", ""), "answer": answer, "metadata": inner}
-    return float(_scorer(task)(answer=_stated(response), entry=entry))
+    stated = _stated(response).strip()
+    if not _is_data(task, stated):
+        return 0.0
+    return float(_scorer(task)(answer=stated, entry=entry))
 
 
 def extract(response: str) -> str | None:
@@ -52,3 +75,31 @@ def _scorer(task: str) -> Callable[..., float]:
 def _stated(response: str) -> str:
     tagged = _TAGGED.findall(response.rpartition("</think>")[2])
     return tagged[-1].strip() if tagged else final_statement(response).text
+
+
+def _is_data(task: str, text: str) -> bool:
+    """Whether the task's scorer can have this answer without running code that stands in it."""
+    if task in EVALUATED_AS_PYTHON:
+        try:
+            tree = ast.parse(text, mode="eval")
+        except SyntaxError:
+            return True  # for `eval` too; such answers are compared as text
+        except (ValueError, MemoryError, RecursionError):
+            return False
+        return all(isinstance(node, (*_ARITHMETIC, *_CONTAINERS, ast.Constant)) for node in ast.walk(tree))
+    if task in EVALUATED_BY_SYMPY:
+        try:
+            tree = ast.parse(text, mode="eval")
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return False  # sympy reads more than Python, such as 5!, and it is not known here what it would run
+        return all(_is_formula(node) for node in ast.walk(tree))
+    return True
+
+
+def _is_formula(node: ast.AST) -> bool:
+    """Numbers, names, operators, known functions. No strings: sympy's functions evaluate those."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords
+    if isinstance(node, ast.Constant):
+        return type(node.value) in (int, float)
+    return isinstance(node, _ARITHMETIC)
