@@ -36,7 +36,7 @@ def keep(order: dict) -> int:
         order: ``args`` (arguments of sglang), ``api_key`` (string or null), ``log`` (file to write).
 
     Returns:
-        The server's exit status; 0 when it was ended because the parent closed the pipe.
+        The server's exit status, 128 + signal if one ended it; 0 when it was ended because the parent closed the pipe.
     """
     process_tree.adopt_orphans()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes the pipe
@@ -56,7 +56,9 @@ def keep(order: dict) -> int:
     gone = os.pidfd_open(server.pid)
     ready, _, _ = select.select([sys.stdin.fileno(), stop, gone], [], [])
     process_tree.end(server)
-    return 0 if gone not in ready else server.returncode
+    if gone not in ready:
+        return 0
+    return server.returncode if server.returncode >= 0 else 128 - server.returncode
 
 
 def serve(order: dict) -> None:

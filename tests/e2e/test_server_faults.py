@@ -141,5 +141,5 @@ def test_launched_servers_that_are_killed_or_hang_are_started_again(workspace: P
     assert all(row["group/count"] == 4 and row["staleness/max"] == 0 for row in table)
     assert all(0 < row["mismatch/abs_max"] < 1e-3 for row in table)
     text = log.read_text()
-    assert "ended with status -9; start 1 of 3" in text
+    assert "ended with status 137; start 1 of 3" in text
     assert "(rollout.server.hang_timeout); start 1 of 3" in text
