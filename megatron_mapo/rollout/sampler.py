@@ -101,8 +101,16 @@ class Sampler:
 
     def close(self) -> None:
         """Close the client and the event loop."""
-        self._runner.run(self._client.close())
+        self._runner.run(self._end())
         self._runner.close()
+
+    async def _end(self) -> None:
+        """Requests that a signal has left behind end before the connections that they use."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._client.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         try:
