@@ -40,7 +40,8 @@ def check(case: Case, outcome: Outcome, straight: Outcome) -> None:
     if not case.ends_well:
         return
     assert [row["step"] for row in logged(outcome.folder)] == list(range(1, STEPS + 1))
-    assert outcome.lost <= 1, "more than the step since the last checkpoint"
+    # The step that was being done, and the one whose checkpoint was still being written.
+    assert outcome.lost <= 2, "more than the steps since the last complete checkpoint"
     if case.same:
         assert logged(outcome.folder) == logged(straight.folder)
         ours, theirs = (load_file(o.folder / "export/model.safetensors") for o in (outcome, straight))
