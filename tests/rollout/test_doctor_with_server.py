@@ -12,7 +12,11 @@ from megatron_mapo.doctor import network
 from megatron_mapo.doctor.finding import Status
 
 
-@pytest.mark.parametrize(("key", "status"), [(API_KEY, Status.ok), ("another-key", Status.fails), (None, Status.fails)])
+@pytest.mark.parametrize(
+    ("key", "status"),
+    [(API_KEY, Status.ok), ("another-key", Status.fails), (None, Status.fails)],
+    ids=["right", "wrong", "none"],  # pytest tells its children the name of the test, and no key may be read there
+)
 def test_a_server_answers_to_its_key_only(servers, key, status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MAPO_API_KEY", raising=False)
     config = Config()

@@ -37,7 +37,11 @@ def url(servers: Any) -> Any:
     assert len(json.loads(answer)["output_ids"]) == 1
 
 
-@pytest.mark.parametrize("key", [None, "", "a-key-for-test", API_KEY + "x", API_KEY.upper()])
+@pytest.mark.parametrize(
+    "key",
+    [None, "", "a-key-for-test", API_KEY + "x", API_KEY.upper()],
+    ids=["none", "empty", "shorter", "longer", "capitals"],
+)
 @pytest.mark.parametrize(
     "path", ["/generate", "/update_weights_from_disk", "/flush_cache", "/model_info", "/abort_request"]
 )
