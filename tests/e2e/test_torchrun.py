@@ -35,14 +35,12 @@ def test_two_agents_start_their_ranks_again_after_one_was_killed(
     overrides = [f"rollout.urls=[{server_url}]", "run.name=elastic", "trainer.steps=12"]
     train = ["-m", "megatron_mapo.train", "--config", str(workspace / "config.yaml"), *overrides]
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
-    # Without this the ranks of a new round read the addresses of the round before (docs/slurm.md).
-    env = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     agents: list[subprocess.Popen] = []
     try:
         for log in logs:
             with open(log, "wb") as output:
                 command = [*torchrun, *rendezvous, *train]
-                agents.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
+                agents.append(subprocess.Popen(command, env=environment(), stdout=output, stderr=output))
         wait_for(lambda: (run / "checkpoints/step_000002").is_dir(), agents)
         (victim,) = psutil.Process(agents[1].pid).children()
         os.kill(victim.pid, signal.SIGKILL)
