@@ -38,8 +38,9 @@ from megatron_mapo.errors import (
 )
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.health import Health
-from megatron_mapo.megatron import checkpoint, hf, runtime
+from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint import Checkpointer
+from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.lora import save_adapter
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
 from megatron_mapo.megatron.runtime import Runtime
@@ -402,7 +403,7 @@ class Trainer:
 
     def export(self, out: Path) -> None:
         """Write the actor as a Hugging Face folder and, under LoRA, its adapters as PEFT's ``adapter/`` beside it."""
-        self.main_with(self.policy.named_weights(), lambda weights: hf.save_folder(weights, self.model_path, out))
+        self.main_with(self.policy.named_weights(), lambda weights: save_folder(weights, self.model_path, out))
         lora, base = self.config.actor.lora, self.config.model.path
         if lora.rank:
             adapters = self.policy.named_adapters()

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
-from megatron_mapo.megatron.families import family_of
+from megatron_mapo.megatron.families import Table, family_of
 from megatron_mapo.megatron.hf_folder import SafetensorsFolder
-from megatron_mapo.megatron.hf_folder import save_folder as save_folder
 from megatron_mapo.megatron.lora import Adapted
 from megatron_mapo.megatron.model import PolicyModel, head_dim
 
@@ -58,20 +58,28 @@ def entries(chunks: list[PolicyModel], hf: PretrainedConfig) -> list[Entry]:
     Raises:
         DataError: the model has a parameter that the table does not know.
     """
+    family = family_of(hf)
+    tables = _Tables(family.layer(hf), family.top)
     return [
-        _entry(chunk, hf, name, value)
+        _entry(chunk, tables, name, value)
         for chunk in chunks
         for name, value in chunk.named_parameters()
         if ".adapters." not in name
     ]
 
 
-def _entry(chunk: PolicyModel, hf: PretrainedConfig, name: str, value: Tensor) -> Entry:
-    family = family_of(hf)
+class _Tables(NamedTuple):
+    """The name tables of one model (see ``families.Table``)."""
+
+    layer: Table
+    top: Table
+
+
+def _entry(chunk: PolicyModel, tables: _Tables, name: str, value: Tensor) -> Entry:
     layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     expert = re.fullmatch(r"(.+)\.local_experts\.(\d+)\.(.+)", layer[2]) if layer else None
     key = f"{expert[1]}.{expert[3]}" if expert else layer[2] if layer else name
-    kind, names = (family.layer(hf) if layer else family.top).get(key, ("", []))
+    kind, names = (tables.layer if layer else tables.top).get(key, ("", []))
     if not kind:
         raise DataError(f"no Hugging Face name is known for the parameter {name}")
     if layer:
@@ -117,6 +125,11 @@ class _Cut:
         """Which part of a parameter this rank holds."""
         return self.group.rank() % self.parts
 
+    @property
+    def expert_rank(self) -> int:
+        """Which of the expert ranks this rank is."""
+        return self.group.rank() // self.parts
+
 
 def _cut_of(entry: Entry) -> _Cut:
     if entry.expert < 0:
@@ -147,7 +160,7 @@ def load_weights(chunks: list[PolicyModel], hf: PretrainedConfig, path: str | Pa
     for entry in entries(chunks, hf):
         cut = _cut_of(entry)
         used.update(name for rank in range(cut.expert_ranks) for name in _names(entry, cut, rank, hf))
-        names = _names(entry, cut, cut.group.rank() // cut.parts, hf)
+        names = _names(entry, cut, cut.expert_rank, hf)
         dim = {"copy": None, "columns": 1}.get(entry.kind, 0)
         shapes = _shapes(entry, hf, cut.parts)
         parts = [folder.read(n, s, dim, cut.parts, cut.part) for n, s in zip(names, shapes, strict=True)]

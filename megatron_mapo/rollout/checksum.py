@@ -12,17 +12,16 @@ The hash is 64 bits of SHA-256 for weights on CPU, and sglang's word-wise mixing
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_mapo.errors import WeightSyncError
+from megatron_mapo.model_shape import ModelShape
 
 VOCAB_PADDING = 64
 """SGLang pads the vocabulary to a multiple of this."""
@@ -58,35 +57,6 @@ class Layout:
     tensor: int
     cuda: bool
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What of a model's config decides how servers cut it.
-
-    Attributes:
-        kv_heads: key/value heads.
-        tied: input and output embeddings are one tensor.
-        experts: experts of a layer; 0 in a dense model.
-        gemma2_hidden: hidden size if it is a Gemma 2; its servers also keep the factor on the embeddings, and
-            ``1 + weight`` of every norm.
-    """
-
-    kv_heads: int
-    tied: bool
-    experts: int
-    gemma2_hidden: int | None = None
-
-    @classmethod
-    def of(cls, model_path: str | Path) -> ModelShape:
-        """Read it from the ``config.json`` of a model folder."""
-        config = json.loads((Path(model_path) / "config.json").read_text())
-        return cls(
-            kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
-            tied=config.get("tie_word_embeddings", config["model_type"].startswith("gemma")),
-            experts=config.get("num_experts") or config.get("num_local_experts") or 0,
-            gemma2_hidden=config["hidden_size"] if config["model_type"] == "gemma2" else None,
-        )
 
 
 def sha256_hash(tensor: Tensor) -> str:
@@ -168,8 +138,9 @@ class Expected:
         self.by_rank: list[dict[str, str]] = [{} for _ in range(layout.tensor)]
         self._parts: dict[str, dict[int, Tensor]] = {}
         self._hash: Callable[[Tensor], str] = word_hash if layout.cuda else sha256_hash
-        if shape.gemma2_hidden:
-            scale = torch.tensor(shape.gemma2_hidden**0.5, dtype=layout.dtype)
+        if shape.kind == "gemma2":
+            # Its servers also keep the factor on the embeddings, and ``1 + weight`` of every norm.
+            scale = torch.tensor(shape.hidden**0.5, dtype=layout.dtype)
             self._finish("model.normalizer", "normalizer", "", [scale])
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -188,7 +159,7 @@ class Expected:
             self._add_part(f"{parent}{fused}.{kind}", part, tensor, len(FUSED[fused]), fused, kind)
         else:
             self._finish(name, module, kind, [tensor])
-            if self.shape.gemma2_hidden and module.endswith("norm"):
+            if self.shape.kind == "gemma2" and module.endswith("norm"):
                 self._finish(name.removesuffix(kind) + "gemma_weight", module, kind, [tensor + 1.0])
 
     def _add_part(self, target: str, part: int, tensor: Tensor, count: int, module: str, kind: str) -> None:

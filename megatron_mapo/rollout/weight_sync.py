@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_mapo.config import SyncConfig, SyncMode
 from megatron_mapo.errors import MapoError, RolloutError, ServersLost, ServersOut, WeightSyncError
-from megatron_mapo.rollout.checksum import Expected, Layout, ModelShape
+from megatron_mapo.model_shape import ModelShape
+from megatron_mapo.rollout.checksum import Expected, Layout
 from megatron_mapo.rollout.client import Refused, RolloutClient
 from megatron_mapo.rollout.pool import NEVER_UPDATED, ServerPool, State
 from megatron_mapo.rollout.weight_transport import BroadcastTransport, Bucket, DiskTransport, Transport
@@ -353,7 +354,7 @@ class WeightSync:
         """One checksum collector for every layout among the servers; none without verification."""
         if not self.config.verify:
             return []
-        shape = ModelShape.of(self._model_path)
+        shape = ModelShape.read(Path(self._model_path) / "config.json")
         return [Expected(layout, shape) for layout in dict.fromkeys(self._layouts[url] for url in self._members)]
 
     def _make_transport(self) -> Transport:

@@ -22,7 +22,8 @@ from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import MapoError
 from megatron_mapo.export import export_run
 from megatron_mapo.megatron import checkpoint, runtime
-from megatron_mapo.megatron.hf import named_weights, save_folder
+from megatron_mapo.megatron.hf import named_weights
+from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.logprobs import chunked_logprobs
 from megatron_mapo.megatron.policy import Policy, TokenScores, build_model, token_weights
 from megatron_mapo.megatron.runtime import Runtime

@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_mapo.errors import WeightSyncError
-from megatron_mapo.rollout.checksum import Expected, Layout, ModelShape, sha256_hash, word_hash
+from megatron_mapo.model_shape import ModelShape
+from megatron_mapo.rollout.checksum import Expected, Layout, sha256_hash, word_hash
 
-SHAPE = ModelShape(kv_heads=2, tied=True, experts=0)
+SHAPE = ModelShape(kind="llama", layers=1, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=512, tied=True)
 
 
 def collect(tensor: int, weights: dict[str, torch.Tensor], shape: ModelShape = SHAPE) -> list[dict[str, str]]:
@@ -71,7 +73,7 @@ def test_experts_are_stacked_gate_before_up(names: tuple[str, ...]):
     weights = {f"model.layers.0.{block}.gate.weight": router}
     for e in (2, 0, 1):  # in any order
         weights |= {f"{layer}.{e}.{m}.weight": t[e] for m, t in zip(modules, (gate, up, down), strict=True)}
-    for r, found in enumerate(collect(2, weights, ModelShape(kv_heads=2, tied=True, experts=3))):
+    for r, found in enumerate(collect(2, weights, replace(SHAPE, experts=3))):
         half = slice(4 * r, 4 * r + 4)
         assert found == {
             f"model.layers.0.{block}.gate.weight": sha256_hash(router),
@@ -94,7 +96,7 @@ def test_the_vocabulary_is_padded_with_zeros():
 def test_a_tied_head_is_no_tensor_of_its_own():
     weights = {"model.embed_tokens.weight": torch.randn(64, 3), "lm_head.weight": torch.randn(64, 3)}
     assert list(collect(1, weights)[0]) == ["model.embed_tokens.weight"]
-    untied = ModelShape(kv_heads=2, tied=False, experts=0)
+    untied = replace(SHAPE, tied=False)
     assert list(collect(1, weights, untied)[0]) == list(weights)
 
 

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_mapo.config import Config, Dtype
 from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.families import FAMILIES
-from megatron_mapo.megatron.hf import load_weights, named_weights, save_folder
+from megatron_mapo.megatron.hf import load_weights, named_weights
+from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.model import load_hf_config
 from megatron_mapo.megatron.policy import Policy, build_model
 from megatron_mapo.megatron.runtime import Runtime
@@ -209,7 +210,8 @@ import ctypes, sys
 from pathlib import Path
 from megatron_mapo.config import Config, Dtype
 from megatron_mapo.megatron import runtime
-from megatron_mapo.megatron.hf import named_weights, save_folder
+from megatron_mapo.megatron.hf import named_weights
+from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.policy import build_model
 
 def mib(name):
