@@ -19,6 +19,7 @@ from megatron_mapo.rollout.server import ServerGroup
 
 VERIFIERS = '''"""Verifiers for a model that only babbles."""
 import time
+from pathlib import Path
 
 
 def even(response, answer, metadata):
@@ -27,7 +28,9 @@ def even(response, answer, metadata):
 
 
 def slowly_even(response, answer, metadata):
-    time.sleep(0.05)
+    """Seconds a step, so that a run stands still enough to be disturbed, until the file `calm` is there."""
+    if not Path(__file__).with_name("calm").exists():
+        time.sleep(0.4)
     return even(response, answer, metadata)
 
 
