@@ -42,14 +42,19 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class AggregationMode(StrEnum):
-    native = "native"
-    mix = "mix"
-    mean_only = "mean_only"
-    center = "center"  # type: ignore[assignment]  # hides str.center, which nobody calls here
-    rloo = "rloo"
-    gpg = "gpg"
-    treerpo = "treerpo"
+ADVANTAGE_MODES = (
+    "native",
+    "mix",
+    "mean_only",
+    "center",
+    "rloo",
+    "gpg",
+    "treerpo",
+    "lite_ppo",
+    "reinforce++",
+    "reinforce++_baseline",
+    "pass_at_k",
+)
 
 
 class Std(StrEnum):
@@ -152,14 +157,17 @@ class ParallelConfig:
 class AdvNormConfig:
     """Advantages within a group of responses to one prompt."""
 
-    aggregation_mode: AggregationMode = AggregationMode.mix
-    """`mix` is MAPO, `native` is GRPO's z-score; `mean_only`, `center` (Dr. GRPO), `rloo`, `gpg`, `treerpo`."""
+    aggregation_mode: str = "mix"
+    """`mix` is MAPO, `native` is GRPO's z-score; `mean_only`, `center` (Dr. GRPO), `rloo`, `gpg`, `treerpo`,
+    `lite_ppo`, `reinforce++`, `reinforce++_baseline`, `pass_at_k`; or an import path `package.module:function`."""
     std: Std = Std.population
     """Standard deviation of a group: `population` (the paper) or `unbiased` (verl, TRL, the authors' code)."""
     eps: float = 1e-6
     """Added to the standard deviation."""
     success_threshold: float | None = None
     """Success is `reward >= success_threshold`. Unset: a group's rewards must take at most two values."""
+    pass_k: int = 4
+    """With `pass_at_k`: the chance that one of this many responses is right is what is trained."""
 
 
 @dataclass
@@ -653,7 +661,7 @@ _RANGES: tuple[_Check, ...] = (
         lambda v: v >= 1,
         "actor.parallel.tensor actor.parallel.pipeline actor.parallel.context actor.parallel.expert "
         "actor.parallel.virtual_pipeline actor.parallel.expert_tensor "
-        "actor.mini_batches actor.epochs actor.microbatch_tokens actor.logprob_chunk "
+        "actor.adv_norm.pass_k actor.mini_batches actor.epochs actor.microbatch_tokens actor.logprob_chunk "
         "rollout.prompts_per_step rollout.max_prompt_tokens rollout.max_response_tokens rollout.concurrency "
         "rollout.max_failures "
         "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
@@ -758,6 +766,16 @@ def _validate_advantages(config: Config) -> None:
     """MAPO's mixed advantage is defined for right/wrong rewards (arXiv 2509.18849, eq. 6)."""
     reward, adv = config.reward, config.actor.adv_norm
     _require(
+        adv.aggregation_mode in ADVANTAGE_MODES or ":" in adv.aggregation_mode,
+        f"actor.adv_norm.aggregation_mode cannot be {adv.aggregation_mode!r} (allowed: {' | '.join(ADVANTAGE_MODES)}, "
+        "or an import path `package.module:function`)",
+    )
+    _require(
+        adv.aggregation_mode != "pass_at_k" or adv.pass_k <= config.rollout.responses_per_prompt,
+        f"actor.adv_norm.pass_k ({adv.pass_k}) must not exceed rollout.responses_per_prompt "
+        f"({config.rollout.responses_per_prompt})",
+    )
+    _require(
         reward.correct > reward.wrong,
         f"reward.correct must be greater than reward.wrong, got {reward.correct} and {reward.wrong}",
     )
@@ -768,7 +786,7 @@ def _validate_advantages(config: Config) -> None:
             f"actor.adv_norm.success_threshold must lie above reward.wrong ({reward.wrong}) and not above "
             f"reward.correct ({reward.correct}), got {threshold}",
         )
-    if adv.aggregation_mode is not AggregationMode.mix:
+    if adv.aggregation_mode != "mix":
         return
     _require(
         reward.overlong_penalty == 0,

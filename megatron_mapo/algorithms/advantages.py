@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron_mapo.config import AdvNormConfig, AggregationMode, Std
+from megatron_mapo.config import AdvNormConfig, Std
 from megatron_mapo.errors import ConfigError, DataError, RewardError
+from megatron_mapo.import_path import import_function, is_import_path
 
 _THRESHOLD_KEY = "actor.adv_norm.success_threshold"
 _MODE_KEY = "actor.adv_norm.aggregation_mode"
@@ -35,58 +37,162 @@ class GroupStatistics:
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """Rewards in float64, and what every estimator needs of their groups (K groups, N responses)."""
+class Groups:
+    """N responses in K groups: what an estimator sees.
 
-    rewards: Tensor  # [N]
-    ids: Tensor  # [K]
-    index: Tensor  # [N], the group's place in ids
-    order: Tensor  # [N], responses sorted by group, then reward
-    sizes: Tensor  # [K]
-    low: Tensor  # [K]
-    high: Tensor  # [K]
+    The responses of a group stand together, the groups in the order of their ids. What belongs to a group is
+    ``[K]``, what belongs to a response ``[N]``; ``per_response`` goes from the first to the second.
+
+    Every statistic is the same to the last bit in whatever order the responses came, and whatever other groups
+    there are: for a group of two different rewards it follows from counts, for others the sums run over the
+    sorted rewards.
+
+    Attributes:
+        rewards: float64 ``[N]``.
+        succeeded: bool ``[N]``, which responses are successes (see ``group_statistics``).
+        ids: int64 ``[K]``, ascending.
+        index: int64 ``[N]``, the place in ``ids`` of each response's group.
+        sizes: int64 ``[K]``.
+        low, high: float64 ``[K]``, the group's extreme rewards.
+        uniform: the size that all groups have, or None.
+    """
+
+    rewards: Tensor
+    succeeded: Tensor
+    ids: Tensor
+    index: Tensor
+    sizes: Tensor
+    low: Tensor
+    high: Tensor
+    uniform: int | None
 
     @property
     def varied(self) -> Tensor:
+        """bool ``[K]``: the group's rewards are not all equal."""
         return self.high > self.low
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean of ``values`` float64 ``[N]`` in every group, ``[K]``.
+    def per_response(self, statistic: Tensor) -> Tensor:
+        """A group's statistic ``[K]`` at each of its responses, ``[N]``."""
+        return statistic.index_select(0, self.index)
 
-        Summed in the order of the rewards, so that the order of the responses does not change a bit of it.
-        """
-        total = torch.zeros(len(self.ids), dtype=values.dtype, device=values.device)
-        return total.index_add_(0, self.index[self.order], values[self.order]) / self.sizes
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over the groups, ``[K]``, of ``values`` ``[N]``."""
+        if self.uniform is not None:
+            return values.view(-1, self.uniform).sum(1)
+        return torch.zeros(len(self.ids), dtype=values.dtype, device=values.device).index_add_(0, self.index, values)
+
+    def divide(self, values: Tensor, divisor: Tensor) -> Tensor:
+        """``values`` ``[N]`` over the group's ``divisor`` ``[K]``; 0 in all-equal groups, whatever the divisor."""
+        return values * self.per_response(torch.where(self.varied, 1 / divisor, 0.0))
+
+    @functools.cached_property
+    def p(self) -> Tensor:
+        """float64 ``[K]``: share of successes."""
+        return self.sum(self.succeeded.double()) / self.sizes
+
+    @functools.cached_property
+    def mean(self) -> Tensor:
+        """float64 ``[K]``: mean reward."""
+        of_two = self.low + self._high_share * (self.high - self.low)
+        return of_two if self._two_valued is None else torch.where(self._two_valued, of_two, self._summed_mean)
+
+    @functools.cached_property
+    def variance(self) -> Tensor:
+        """float64 ``[K]``: population variance of the rewards."""
+        of_two = self._high_share * (1 - self._high_share) * (self.high - self.low).square()
+        if self._two_valued is None:
+            return of_two
+        summed = self.sum((self.rewards - self.per_response(self._summed_mean)).square()) / self.sizes
+        return torch.where(self._two_valued, of_two, summed)
+
+    def std(self, config: AdvNormConfig) -> Tensor:
+        """float64 ``[K]``: standard deviation as ``actor.adv_norm.std`` says, without ``eps``."""
+        if config.std is Std.population:
+            return self.variance.sqrt()
+        return (self.variance * self.sizes / (self.sizes - 1).clamp(min=1)).sqrt()
+
+    @functools.cached_property
+    def batch_mean(self) -> Tensor:
+        """Mean reward of all responses, a scalar."""
+        return (self.mean * self.sizes).sum() / len(self.rewards)
+
+    def batch_std(self, config: AdvNormConfig, within: bool = False) -> Tensor:
+        """Standard deviation of all rewards, a scalar; ``within``: of their distances to their group's mean."""
+        between = 0.0 if within else (self.mean - self.batch_mean).square()
+        variance = ((self.variance + between) * self.sizes).sum() / len(self.rewards)
+        n = len(self.rewards)
+        return (variance * n / max(n - 1, 1) if config.std is Std.unbiased else variance).sqrt()
+
+    @functools.cached_property
+    def centred(self) -> Tensor:
+        """float64 ``[N]``: distance of each reward to its group's mean; exactly 0 in all-equal groups."""
+        return self.rewards - self.per_response(self.mean)
+
+    @functools.cached_property
+    def highest(self) -> Tensor:
+        """bool ``[N]``: no reward of the group is higher."""
+        return self.rewards == self.per_response(self.high)
+
+    @functools.cached_property
+    def between(self) -> Tensor:
+        """bool ``[N]``: the reward is neither its group's lowest nor its highest."""
+        return ~(self.highest | (self.rewards == self.per_response(self.low)))
+
+    @functools.cached_property
+    def _high_share(self) -> Tensor:
+        return self.sum(self.highest.double()) / self.sizes
+
+    @functools.cached_property
+    def _two_valued(self) -> Tensor | None:
+        """bool ``[K]``: the group has at most two different rewards; None: all have."""
+        return self.sum(self.between.double()) == 0 if bool(self.between.any()) else None
+
+    @functools.cached_property
+    def _summed_mean(self) -> Tensor:
+        return self.sum(self.rewards) / self.sizes
 
 
-def estimate_advantages(rewards: Tensor, group_ids: Tensor, config: AdvNormConfig) -> Tensor:
+Estimator = Callable[[Groups, AdvNormConfig], Tensor]
+"""``estimate(groups, config)``: the advantage of each of the N responses, float64 ``[N]``, in their order there."""
+
+
+def estimate_advantages(
+    rewards: Tensor, group_ids: Tensor, config: AdvNormConfig, success: Tensor | None = None
+) -> Tensor:
     """Advantage of every response relative to its group.
 
     With a group's size G, rewards r, mean μ, standard deviation σ, success rate p, λ = 1 − 4p(1−p):
 
-    ===========  ===================================================  =======================================
-    mode         advantage                                            source
-    ===========  ===================================================  =======================================
-    native       (r−μ)/(σ+ε)                                          GRPO, arXiv 2402.03300, section 4.1.2
-    mix          (1−λ)·(r−μ)/(σ+ε) + λ·(r−μ)/μ                        MAPO, arXiv 2509.18849, eq. 6
-    mean_only    (r−μ)/μ                                              MAPO's APD; MaxRL, arXiv 2602.02710
-    center       r−μ                                                  Dr. GRPO, arXiv 2503.20783
-    rloo         r − mean of the others = (r−μ)·G/(G−1)               arXiv 2402.14740
-    gpg          (r−μ)·B/(B−M): B groups, M of them all-equal         GPG, arXiv 2504.02546, eq. 7, F_norm = 1
-    treerpo      (r−μ)/(μ(1−μ))                                       TreeRPO, arXiv 2506.05183
-    ===========  ===================================================  =======================================
+    ====================  ===============================================  =======================================
+    mode                  advantage                                        source
+    ====================  ===============================================  =======================================
+    native                (r−μ)/(σ+ε)                                      GRPO, arXiv 2402.03300, section 4.1.2
+    mix                   (1−λ)·(r−μ)/(σ+ε) + λ·(r−μ)/μ                    MAPO, arXiv 2509.18849, eq. 6
+    mean_only             (r−μ)/μ                                          MAPO's APD; MaxRL, arXiv 2602.02710
+    center                r−μ                                              Dr. GRPO, arXiv 2503.20783
+    rloo                  r − mean of the others = (r−μ)·G/(G−1)           arXiv 2402.14740
+    gpg                   (r−μ)·B/(B−M): B groups, M of them all-equal     GPG, arXiv 2504.02546, eq. 7, F_norm = 1
+    treerpo               (r−μ)/(μ(1−μ))                                   TreeRPO, arXiv 2506.05183
+    lite_ppo              (r−μ)/(σ_B+ε), σ_B of all rewards of the batch   Lite PPO, arXiv 2508.08221
+    reinforce++           (r−μ_B)/(σ_B+ε), both over the batch             REINFORCE++, arXiv 2501.03262
+    reinforce++_baseline  (r−μ)/(σ_B+ε), σ_B of r−μ over the batch         the same, with a group baseline
+    pass_at_k             see ``_pass_at_k``                               arXiv 2508.10751, eqs. 8 to 15
+    ====================  ===============================================  =======================================
 
-    ``mix``, ``mean_only`` and ``treerpo`` divide by the mean, which has a meaning only for rewards in {0, 1}:
-    a group's two values, whatever they are, are first mapped to {0, 1} (the higher is success), so μ = p.
-    With ``success_threshold`` the rewards are used as they are, and p is the share of ``r >= threshold``.
+    ``mix``, ``mean_only`` and ``treerpo`` divide by the mean, and ``pass_at_k`` counts successes, which has a meaning
+    only for rewards in {0, 1}: a group's two values, whatever they are, are first mapped to {0, 1} (the higher is
+    success), so μ = p.
+    With ``success_threshold`` or ``success`` the rewards are used as they are, and p is the share of successes.
 
-    A group whose rewards are all equal, hence a group of one, gets exactly 0. Groups are found by id: their
-    sizes, ids and order are free, and an advantage depends on its own group only (``gpg`` also on B and M).
+    A group whose rewards are all equal, hence a group of one, gets exactly 0 (but for ``reinforce++``, whose
+    baseline is the batch's). Groups are found by id: their sizes, ids and order are free, and an advantage
+    depends on its own group only, but for the modes that name the batch.
 
     Args:
         rewards: floating point or integer ``[N]``.
         group_ids: integer ``[N]``, equal for the responses to one prompt.
         config: section ``actor.adv_norm``.
+        success: bool ``[N]``, which responses are successes, where the verifier says so.
 
     Returns:
         float32 ``[N]``, on the device of ``rewards``; computed in float64.
@@ -94,180 +200,282 @@ def estimate_advantages(rewards: Tensor, group_ids: Tensor, config: AdvNormConfi
     Raises:
         DataError: the shapes do not fit, or there is no response.
         RewardError: a reward is not finite.
-        ConfigError: the rewards do not suit the mode (the message names the key to change).
+        ConfigError: the rewards do not suit the mode (the message names the key to change), or an estimator of
+            the user does not return one finite number a response.
     """
-    groups = _group(rewards, group_ids)
-    advantages = _ESTIMATORS[config.aggregation_mode](groups, config)
-    return torch.where(groups.varied[groups.index], advantages, 0.0).to(torch.float32)
+    groups, order = _group(rewards, group_ids, config, success)
+    if config.success_threshold is None and success is None and config.aggregation_mode in _RIGHT_OR_WRONG:
+        groups = _right_or_wrong(groups, config)
+    advantages = get_estimator(config.aggregation_mode)(groups, config)
+    if config.aggregation_mode not in ESTIMATORS:
+        _check_estimate(advantages, groups, config)
+    advantages = advantages.to(torch.float32)
+    return advantages if order is None else torch.empty_like(advantages).index_copy_(0, order, advantages)
 
 
-def group_statistics(rewards: Tensor, group_ids: Tensor, config: AdvNormConfig) -> GroupStatistics:
+def get_estimator(mode: str) -> Estimator:
+    """The estimator that ``actor.adv_norm.aggregation_mode`` names.
+
+    Args:
+        mode: a name of the table in ``estimate_advantages``, ``package.module:function`` or
+            ``path/to/file.py:function``.
+
+    Raises:
+        ConfigError: there is none of this name, or it cannot be imported.
+    """
+    if mode in ESTIMATORS:
+        return ESTIMATORS[mode]
+    if not is_import_path(mode):
+        raise ConfigError(
+            f"{_MODE_KEY}={mode!r} is unknown: it is one of {', '.join(ESTIMATORS)}, or an import path "
+            "`package.module:function` or `path/to/file.py:function`"
+        )
+    return import_function(mode, _MODE_KEY)
+
+
+def group_statistics(
+    rewards: Tensor, group_ids: Tensor, config: AdvNormConfig, success: Tensor | None = None
+) -> GroupStatistics:
     """Size, success rate p and λ of every group, for metrics; defined in every mode.
 
-    Success is ``r >= success_threshold`` where that is set. Otherwise it is a reward in the upper half of its
-    group's range; for an all-equal group in the upper half of the batch's range; and if the whole batch has one
-    value, a positive one.
+    Success is what ``success`` says; without it ``r >= success_threshold`` where that is set. Otherwise it is a
+    reward in the upper half of its group's range; for an all-equal group in the upper half of the batch's range;
+    and if the whole batch has one value, a positive one.
 
     Args:
         rewards: floating point or integer ``[N]``.
         group_ids: integer ``[N]``.
         config: section ``actor.adv_norm``.
+        success: bool ``[N]``, or None.
 
     Raises:
         DataError, RewardError: as ``estimate_advantages``.
     """
-    groups = _group(rewards, group_ids)
-    p = groups.mean(_success(groups, config).double())
-    return GroupStatistics(groups.ids, groups.sizes, p, _lambda(p), groups.varied)
+    groups, _ = _group(rewards, group_ids, config, success)
+    return GroupStatistics(groups.ids, groups.sizes, groups.p, _lambda(groups.p), groups.varied)
 
 
-def _group(rewards: Tensor, group_ids: Tensor) -> _Groups:
-    if rewards.dim() != 1 or rewards.shape != group_ids.shape:
+def _group(
+    rewards: Tensor, group_ids: Tensor, config: AdvNormConfig, success: Tensor | None
+) -> tuple[Groups, Tensor | None]:
+    """The groups, and the place in ``rewards`` of each response there (None: the same)."""
+    _check(rewards, group_ids, success)
+    values = rewards.double()
+    order = None
+    ids, index, sizes = torch.unique_consecutive(group_ids, return_inverse=True, return_counts=True)
+    if not bool((ids[1:] > ids[:-1]).all()):
+        order = group_ids.argsort(stable=True)
+        values = values[order]
+        ids, index, sizes = torch.unique_consecutive(group_ids[order], return_inverse=True, return_counts=True)
+    groups = _with_extremes(values, ids, index, sizes)
+    if bool(groups.between.any()):
+        # Sums in the order of the rewards, not of the responses.
+        by_reward = groups.rewards.argsort(stable=True)
+        within = by_reward[groups.index[by_reward].argsort(stable=True)]
+        order = within if order is None else order[within]
+        groups = replace(groups, rewards=groups.rewards[within])
+    if success is not None:
+        return replace(groups, succeeded=success if order is None else success[order]), order
+    return replace(groups, succeeded=_success(groups, config)), order
+
+
+def _check(rewards: Tensor, group_ids: Tensor, success: Tensor | None) -> None:
+    if (
+        rewards.dim() != 1
+        or rewards.shape != group_ids.shape
+        or (success is not None and success.shape != rewards.shape)
+    ):
+        also = "" if success is None else f" and {tuple(success.shape)}"
         raise DataError(
-            f"rewards and group_ids must be flat and of one length, got {tuple(rewards.shape)} "
-            f"and {tuple(group_ids.shape)}"
+            f"rewards, group_ids and success must be flat and of one length, got {tuple(rewards.shape)} "
+            f"and {tuple(group_ids.shape)}{also}"
         )
     if group_ids.is_floating_point() or group_ids.is_complex():
         raise DataError(f"group_ids must be integers, got {group_ids.dtype}")
     if len(rewards) == 0:
         raise DataError("no rewards: the batch has no responses")
-    values = rewards.double()
-    bad = (~torch.isfinite(values)).nonzero().flatten()
+    # One pass when all is well: a sum is finite only if its terms are, and in float64 float32 terms cannot overflow.
+    if bool(torch.isfinite(rewards.sum(dtype=torch.float64))):
+        return
+    bad = (~torch.isfinite(rewards)).nonzero().flatten()
     if len(bad):
         first = int(bad[0])
         raise RewardError(
-            f"{len(bad)} of {len(values)} rewards are not finite, the first is {float(values[first])} of response "
+            f"{len(bad)} of {len(rewards)} rewards are not finite, the first is {float(rewards[first])} of response "
             f"{first} in group {int(group_ids[first])}: the verifier of `reward.name` must return finite numbers"
         )
-    ids, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    by_reward = values.argsort(stable=True)
-    order = by_reward[index[by_reward].argsort(stable=True)]
-    empty = values.new_zeros(len(ids))
-    low = empty.scatter_reduce(0, index, values, "amin", include_self=False)
-    high = empty.scatter_reduce(0, index, values, "amax", include_self=False)
-    return _Groups(values, ids, index, order, sizes, low, high)
 
 
-def _success(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    """bool ``[N]``, as ``group_statistics`` says."""
-    rewards = groups.rewards
+def _with_extremes(values: Tensor, ids: Tensor, index: Tensor, sizes: Tensor) -> Groups:
+    """Groups of values that stand group by group; ``succeeded`` is still to be found."""
+    largest = int(sizes.max())
+    uniform = largest if largest * len(ids) == len(values) else None
+    if uniform is not None:
+        low, high = values.view(-1, uniform).aminmax(dim=1)
+    else:
+        low = torch.segment_reduce(values, "min", lengths=sizes)
+        high = torch.segment_reduce(values, "max", lengths=sizes)
+    return Groups(values, torch.empty(0, dtype=torch.bool), ids, index, sizes, low, high, uniform)
+
+
+def _success(groups: Groups, config: AdvNormConfig) -> Tensor:
+    """bool ``[N]``, as ``group_statistics`` says when the verifier does not."""
     if config.success_threshold is not None:
-        return rewards >= config.success_threshold
-    varied = groups.varied[groups.index]
-    low = torch.where(varied, groups.low[groups.index], rewards.min())
-    high = torch.where(varied, groups.high[groups.index], rewards.max())
+        return groups.rewards >= config.success_threshold
+    worst, best = groups.low.min(), groups.high.max()
     # Compared as distances: the midpoint of two neighbouring floats would round to one of them.
-    return torch.where(high > low, high - rewards < rewards - low, rewards > 0)
+    equal_and_good = best - groups.high < groups.high - worst if bool(best > worst) else groups.high > 0
+    if not bool(groups.between.any()):
+        return groups.highest & groups.per_response(groups.varied | equal_and_good)
+    low = groups.per_response(torch.where(groups.varied, groups.low, worst))
+    high = groups.per_response(torch.where(groups.varied, groups.high, best))
+    return high - groups.rewards < groups.rewards - low
 
 
 def _lambda(p: Tensor) -> Tensor:
     return 1 - 4 * p * (1 - p)
 
 
-def _safe(divisor: Tensor, groups: _Groups) -> Tensor:
-    """The divisor of each response ``[N]``, 1 in all-equal groups, whose advantage is 0 anyway."""
-    return torch.where(groups.varied, divisor, 1.0)[groups.index]
+def _right_or_wrong(groups: Groups, config: AdvNormConfig) -> Groups:
+    """The same groups with rewards in {0, 1}, so that they may be divided by their mean."""
+    if bool(groups.between.any()):
+        _refuse_graded(groups, config)
+    binary = groups.succeeded.double()
+    low, high = (torch.where(groups.varied, edge, groups.p) for edge in (0.0, 1.0))
+    return replace(groups, rewards=binary, low=low, high=high)
 
 
-def _std(rewards: Tensor, mean: Tensor, groups: _Groups, config: AdvNormConfig) -> Tensor:
-    variance = groups.mean((rewards - mean[groups.index]).square())
-    if config.std is Std.unbiased:
-        variance = variance * groups.sizes / (groups.sizes - 1).clamp(min=1)
-    return variance.sqrt()
-
-
-def _relative_rewards(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    """Rewards ``[N]`` that may be divided by their mean: in {0, 1}, or as they are above a threshold."""
-    if config.success_threshold is None:
-        _check_two_values(groups, config)
-        return _success(groups, config).double()
-    return groups.rewards
-
-
-def _check_two_values(groups: _Groups, config: AdvNormConfig) -> None:
-    between = (groups.rewards != groups.low[groups.index]) & (groups.rewards != groups.high[groups.index])
-    if not bool(between.any()):
-        return
-    group = groups.index[between.nonzero().flatten()[0]]
+def _refuse_graded(groups: Groups, config: AdvNormConfig) -> None:
+    group = groups.index[groups.between.nonzero().flatten()[0]]
     values = groups.rewards[groups.index == group].unique().tolist()
     raise ConfigError(
-        f"{_MODE_KEY}={config.aggregation_mode.value} needs right-or-wrong rewards, but group "
+        f"{_MODE_KEY}={config.aggregation_mode} needs right-or-wrong rewards, but group "
         f"{int(groups.ids[group])} has {len(values)} different ones ({', '.join(f'{v:g}' for v in values[:5])}"
         f"{', ...' if len(values) > 5 else ''}): set {_THRESHOLD_KEY} to the lowest reward that is a success, or "
         f"choose another {_MODE_KEY}"
     )
 
 
-def _positive_mean(rewards: Tensor, groups: _Groups, config: AdvNormConfig) -> Tensor:
+def _check_estimate(advantages: Tensor, groups: Groups, config: AdvNormConfig) -> None:
+    mode = f"{_MODE_KEY}={config.aggregation_mode}"
+    if not isinstance(advantages, Tensor) or advantages.shape != groups.rewards.shape:
+        shape = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
+        raise ConfigError(f"{mode} must return one advantage a response, [{len(groups.rewards)}]; it returned {shape}")
+    if not bool(torch.isfinite(advantages).all()):
+        raise ConfigError(f"{mode} returned an advantage that is not finite; `Groups.divide` leaves all-equal groups 0")
+
+
+def _positive_mean(groups: Groups, config: AdvNormConfig) -> Tensor:
     """Mean ``[K]`` of every group; an error where it cannot be divided by."""
-    mean = groups.mean(rewards)
-    bad = (groups.varied & (mean <= 0)).nonzero().flatten()
+    bad = (groups.varied & (groups.mean <= 0)).nonzero().flatten()
     if len(bad):
         first = int(bad[0])
         raise ConfigError(
-            f"{_MODE_KEY}={config.aggregation_mode.value} divides by a group's mean reward, but that of group "
-            f"{int(groups.ids[first])} is {float(mean[first]):g}: with {_THRESHOLD_KEY} rewards must be positive on "
-            f"average; raise `reward.correct` and `reward.wrong`, or unset {_THRESHOLD_KEY} if rewards are binary"
+            f"{_MODE_KEY}={config.aggregation_mode} divides by a group's mean reward, but that of group "
+            f"{int(groups.ids[first])} is {float(groups.mean[first]):g}: with {_THRESHOLD_KEY} rewards must be "
+            f"positive on average; raise `reward.correct` and `reward.wrong`, or unset {_THRESHOLD_KEY} if rewards "
+            "are binary"
         )
-    return mean
+    return groups.mean
 
 
-def _native(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    return _z_score(groups.rewards, groups.mean(groups.rewards), groups, config)
+def _native(groups: Groups, config: AdvNormConfig) -> Tensor:
+    return groups.divide(groups.centred, groups.std(config) + config.eps)
 
 
-def _z_score(rewards: Tensor, mean: Tensor, groups: _Groups, config: AdvNormConfig) -> Tensor:
-    std = _std(rewards, mean, groups, config) + config.eps
-    return (rewards - mean[groups.index]) / _safe(std, groups)
+def _mix(groups: Groups, config: AdvNormConfig) -> Tensor:
+    lam = _lambda(groups.p)
+    weight = (1 - lam) / (groups.std(config) + config.eps) + lam / _positive_mean(groups, config)
+    return groups.centred * groups.per_response(torch.where(groups.varied, weight, 0.0))
 
 
-def _mix(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    rewards = _relative_rewards(groups, config)
-    mean = _positive_mean(rewards, groups, config)
-    lam = _lambda(groups.mean(_success(groups, config).double()))[groups.index]
-    relative = (rewards - mean[groups.index]) / _safe(mean, groups)
-    return (1 - lam) * _z_score(rewards, mean, groups, config) + lam * relative
+def _mean_only(groups: Groups, config: AdvNormConfig) -> Tensor:
+    return groups.divide(groups.centred, _positive_mean(groups, config))
 
 
-def _mean_only(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    rewards = _relative_rewards(groups, config)
-    mean = _positive_mean(rewards, groups, config)
-    return (rewards - mean[groups.index]) / _safe(mean, groups)
+def _center(groups: Groups, config: AdvNormConfig) -> Tensor:
+    return groups.centred
 
 
-def _center(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    return groups.rewards - groups.mean(groups.rewards)[groups.index]
+def _rloo(groups: Groups, config: AdvNormConfig) -> Tensor:
+    return groups.centred * groups.per_response(groups.sizes / (groups.sizes - 1).clamp(min=1))
 
 
-def _rloo(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    scale = groups.sizes / (groups.sizes - 1).clamp(min=1)
-    return _center(groups, config) * scale[groups.index]
+def _gpg(groups: Groups, config: AdvNormConfig) -> Tensor:
+    return groups.centred * (len(groups.ids) / groups.varied.sum().clamp(min=1))
 
 
-def _gpg(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    return _center(groups, config) * (len(groups.ids) / groups.varied.sum().clamp(min=1))
-
-
-def _treerpo(groups: _Groups, config: AdvNormConfig) -> Tensor:
-    rewards = _relative_rewards(groups, config)
-    outside = (rewards < 0) | (rewards > 1)
+def _treerpo(groups: Groups, config: AdvNormConfig) -> Tensor:
+    outside = (groups.rewards < 0) | (groups.rewards > 1)
     if bool(outside.any()):
         first = int(outside.nonzero().flatten()[0])
         raise ConfigError(
             f"{_MODE_KEY}=treerpo with {_THRESHOLD_KEY} needs rewards from 0 to 1, but group "
-            f"{int(groups.ids[groups.index[first]])} has {float(rewards[first]):g}: unset {_THRESHOLD_KEY} or rescale "
-            "the rewards"
+            f"{int(groups.ids[groups.index[first]])} has {float(groups.rewards[first]):g}: unset {_THRESHOLD_KEY} or "
+            "rescale the rewards"
         )
-    mean = groups.mean(rewards)
-    return (rewards - mean[groups.index]) / _safe(mean * (1 - mean), groups)
+    return groups.divide(groups.centred, groups.mean * (1 - groups.mean))
 
 
-_ESTIMATORS: dict[AggregationMode, Callable[[_Groups, AdvNormConfig], Tensor]] = {
-    AggregationMode.native: _native,
-    AggregationMode.mix: _mix,
-    AggregationMode.mean_only: _mean_only,
-    AggregationMode.center: _center,
-    AggregationMode.rloo: _rloo,
-    AggregationMode.gpg: _gpg,
-    AggregationMode.treerpo: _treerpo,
+def _lite_ppo(groups: Groups, config: AdvNormConfig) -> Tensor:
+    return groups.divide(groups.centred, (groups.batch_std(config) + config.eps).expand_as(groups.mean))
+
+
+def _reinforce_pp(groups: Groups, config: AdvNormConfig) -> Tensor:
+    centred = groups.rewards - groups.batch_mean
+    return (
+        centred / (groups.batch_std(config) + config.eps) if bool(groups.high.max() > groups.low.min()) else 0 * centred
+    )
+
+
+def _reinforce_pp_baseline(groups: Groups, config: AdvNormConfig) -> Tensor:
+    std = groups.batch_std(config, within=True) + config.eps
+    return groups.divide(groups.centred, std.expand_as(groups.mean))
+
+
+def _pass_at_k(groups: Groups, config: AdvNormConfig) -> Tensor:
+    """Advantage for the chance that one of k responses is right (arXiv 2508.10751, the analytical form).
+
+    Of a group's G responses F are failures. A set of k of them is rewarded if it holds a success, which has the
+    mean M = 1 − C(F,k)/C(G,k) and the deviation S = √(M(1−M)). A response's advantage is that of the sets it is in:
+    (1−M)/(S+ε) for a success, (1 − M − C(F−1,k−1)/C(G−1,k−1))/(S+ε) for a failure. With k = 1 this is ``native``.
+    """
+    smallest, k = int(groups.sizes.min()), config.pass_k
+    if smallest < k:
+        raise ConfigError(
+            f"actor.adv_norm.pass_k={k} is more than the {smallest} responses of a group: lower it, or raise "
+            "rollout.responses_per_prompt"
+        )
+    failures = groups.sizes - groups.sum(groups.succeeded.double())
+    mean = 1 - _all_from(failures, groups.sizes, k)
+    weight = 1 / ((mean * (1 - mean)).sqrt() + config.eps)
+    right = (1 - mean) * weight
+    wrong = (1 - mean - _all_from(failures - 1, groups.sizes - 1, k - 1)) * weight
+    # A group without any set of k failures has nothing left to learn.
+    right, wrong = (torch.where((mean > 0) & (mean < 1), value, 0.0) for value in (right, wrong))
+    return torch.where(groups.succeeded, groups.per_response(right), groups.per_response(wrong))
+
+
+def _all_from(part: Tensor, whole: Tensor, k: int) -> Tensor:
+    """C(part, k)/C(whole, k): the chance that k different ones of ``whole`` are all of ``part``."""
+    share = torch.ones_like(part)
+    for i in range(k):
+        share = share * (part - i).clamp(min=0) / (whole - i).clamp(min=1)
+    return share
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "native": _native,
+    "mix": _mix,
+    "mean_only": _mean_only,
+    "center": _center,
+    "rloo": _rloo,
+    "gpg": _gpg,
+    "treerpo": _treerpo,
+    "lite_ppo": _lite_ppo,
+    "reinforce++": _reinforce_pp,
+    "reinforce++_baseline": _reinforce_pp_baseline,
+    "pass_at_k": _pass_at_k,
 }
+
+_RIGHT_OR_WRONG = ("mix", "mean_only", "treerpo", "pass_at_k")

@@ -261,7 +261,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _advantage_text(config: Config) -> str:
-    mode = config.actor.adv_norm.aggregation_mode.value
+    mode = config.actor.adv_norm.aggregation_mode
     return f"advantages: {mode}, {config.actor.adv_norm.std.value} standard deviation"
 
 

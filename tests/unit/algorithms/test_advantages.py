@@ -1,5 +1,6 @@
 """Advantages against an independent reference in plain Python, and the invariants users rely on."""
 
+import itertools
 import math
 from collections import defaultdict
 from fractions import Fraction
@@ -9,29 +10,56 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mapo.algorithms.advantages import estimate_advantages, group_statistics
-from megatron_mapo.config import AdvNormConfig, AggregationMode, Std
+from megatron_mapo.algorithms.advantages import ESTIMATORS, estimate_advantages, get_estimator, group_statistics
+from megatron_mapo.config import ADVANTAGE_MODES, AdvNormConfig, Std
 from megatron_mapo.errors import ConfigError, DataError, RewardError
 
-MODES = list(AggregationMode)
-BINARY_INVARIANT = [
-    AggregationMode.native,
-    AggregationMode.mix,
-    AggregationMode.mean_only,
-    AggregationMode.treerpo,
-]
+MODES = list(ADVANTAGE_MODES)
+BINARY_INVARIANT = ["native", "mix", "mean_only", "treerpo", "pass_at_k"]
+BATCH_MODES = ["lite_ppo", "reinforce++", "reinforce++_baseline"]
 
 
-def config(mode="mix", std="population", eps=1e-6, threshold=None) -> AdvNormConfig:
-    return AdvNormConfig(AggregationMode(mode), Std(std), eps, threshold)
+def config(mode="mix", std="population", eps=1e-6, threshold=None, pass_k=1) -> AdvNormConfig:
+    return AdvNormConfig(mode, Std(std), eps, threshold, pass_k)
 
 
 def advantages(rewards, group_ids, cfg) -> list[float]:
     return estimate_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(group_ids), cfg).tolist()
 
 
+def deviation(values, cfg) -> float:
+    mean = sum(values) / len(values)
+    squares = sum((x - mean) ** 2 for x in values)
+    return math.sqrt(squares / (len(values) if cfg.std is Std.population else max(len(values) - 1, 1)))
+
+
+def batch_reference(rewards, group_ids, cfg) -> list[float]:
+    """The modes that look at the whole batch."""
+    r = [Fraction(x) for x in rewards]
+    mean = {
+        g: Fraction(sum(x for x, h in zip(r, group_ids, strict=True) if h == g), group_ids.count(g)) for g in group_ids
+    }
+    centred = [x - mean[g] for x, g in zip(r, group_ids, strict=True)]
+    if cfg.aggregation_mode == "reinforce++":
+        centred = [x - sum(r) / len(r) for x in r]
+    std = deviation(centred if cfg.aggregation_mode == "reinforce++_baseline" else r, cfg) + cfg.eps
+    return [float(x) / std if x else 0.0 for x in centred]
+
+
+def pass_at_k_reference(ok, cfg) -> list[float]:
+    """Over all sets of k responses, not by the formula."""
+    sets = list(itertools.combinations(range(len(ok)), cfg.pass_k))
+    rewards = [Fraction(int(any(ok[i] for i in chosen))) for chosen in sets]
+    mean = sum(rewards) / len(sets)
+    std = math.sqrt(mean * (1 - mean)) + cfg.eps
+    of = [[r - mean for r, chosen in zip(rewards, sets, strict=True) if i in chosen] for i in range(len(ok))]
+    return [float(sum(a) / len(a)) / std if 0 < mean < 1 else 0.0 for a in of]
+
+
 def reference(rewards, group_ids, cfg) -> list[float]:
     """One group at a time, exact fractions up to the square root."""
+    if cfg.aggregation_mode in BATCH_MODES:
+        return batch_reference(rewards, group_ids, cfg)
     members = defaultdict(list)
     for i, g in enumerate(group_ids):
         members[g].append(i)
@@ -41,12 +69,16 @@ def reference(rewards, group_ids, cfg) -> list[float]:
         r = [Fraction(rewards[i]) for i in indices]
         if len(set(r)) == 1:
             continue
-        mode = cfg.aggregation_mode.value
+        mode = cfg.aggregation_mode
         size = len(r)
         success = [x >= Fraction(cfg.success_threshold) for x in r] if cfg.success_threshold is not None else None
-        if success is None and mode in ("mix", "mean_only", "treerpo"):
+        if success is None and mode in ("mix", "mean_only", "treerpo", "pass_at_k"):
             success = [x == max(r) for x in r]
             r = [Fraction(int(s)) for s in success]
+        if mode == "pass_at_k":
+            for i, value in zip(indices, pass_at_k_reference(success, cfg), strict=True):
+                out[i] = value
+            continue
         mean = sum(r) / size
         squares = sum((x - mean) ** 2 for x in r)
         variance = squares / (size if cfg.std is Std.population else size - 1)
@@ -114,7 +146,7 @@ def test_binary_rewards_match_reference_in_any_order(groups, mode, std, values, 
     flat = [(i, values[ok]) for i, group in zip(ids, groups, strict=True) for ok in group]
     flat = data.draw(st.permutations(flat))
     group_ids, rewards = [i for i, _ in flat], [r for _, r in flat]
-    cfg = AdvNormConfig(mode, std, 1e-6, None)
+    cfg = config(mode, std)
     got = advantages(rewards, group_ids, cfg)
     close(got, reference(rewards, group_ids, cfg))
     assert all(math.isfinite(x) for x in got)
@@ -130,7 +162,7 @@ def test_binary_rewards_match_reference_in_any_order(groups, mode, std, values, 
 def test_shaped_rewards_match_reference(groups, mode, std, threshold):
     rewards = [r for group in groups for r in group]
     group_ids = [7 * i for i, group in enumerate(groups) for _ in group]
-    cfg = AdvNormConfig(mode, std, 1e-6, threshold)
+    cfg = config(mode, std, 1e-6, threshold)
     got = advantages(rewards, group_ids, cfg)
     assert got == pytest.approx(reference(rewards, group_ids, cfg), rel=1e-5, abs=1e-5)
 
@@ -138,13 +170,13 @@ def test_shaped_rewards_match_reference(groups, mode, std, threshold):
 @settings(deadline=None, max_examples=60)
 @given(
     groups=st.lists(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=9), min_size=2, max_size=6),
-    mode=st.sampled_from([AggregationMode.native, AggregationMode.center, AggregationMode.rloo]),
+    mode=st.sampled_from(["native", "center", "rloo"]),
     data=st.data(),
 )
 def test_other_sequences_and_their_order_do_not_change_a_bit(groups, mode, data):
     rewards = [r for group in groups for r in group]
     group_ids = [i for i, group in enumerate(groups) for _ in group]
-    cfg = AdvNormConfig(mode)
+    cfg = config(mode)
     whole = advantages(rewards, group_ids, cfg)
     order = data.draw(st.permutations(range(len(rewards))))
     shuffled = advantages([rewards[i] for i in order], [group_ids[i] for i in order], cfg)
@@ -157,13 +189,13 @@ def test_other_sequences_and_their_order_do_not_change_a_bit(groups, mode, data)
         ]
 
 
-@pytest.mark.parametrize("mode", [m for m in BINARY_INVARIANT if m is not AggregationMode.native])
+@pytest.mark.parametrize("mode", [m for m in BINARY_INVARIANT if m != "native"])
 @settings(deadline=None, max_examples=40)
 @given(groups=ragged, scale=st.floats(1e-3, 1e3), shift=st.floats(-1e3, 1e3))
 def test_any_two_values_give_the_same_advantages(mode, groups, scale, shift):
     binary = [float(ok) for group in groups for ok in group]
     group_ids = [i for i, group in enumerate(groups) for _ in group]
-    cfg = AdvNormConfig(mode)
+    cfg = config(mode)
     assert advantages([scale * r + shift for r in binary], group_ids, cfg) == advantages(binary, group_ids, cfg)
 
 
@@ -172,7 +204,7 @@ def test_any_two_values_give_the_same_advantages(mode, groups, scale, shift):
 def test_usual_binary_codes(mode, values):
     ok = [1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0]
     group_ids = [0] * 8 + [1] * 4
-    cfg = AdvNormConfig(mode)
+    cfg = config(mode)
     close(advantages([values[x] for x in ok], group_ids, cfg), advantages([float(x) for x in ok], group_ids, cfg))
 
 
@@ -183,19 +215,20 @@ def test_mean_only_keeps_its_sign_with_negative_rewards():
 
 @pytest.mark.parametrize("threshold", [None, 0.5])
 @pytest.mark.parametrize("std", list(Std))
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "reinforce++"])
 def test_equal_rewards_and_single_responses_give_exactly_zero(mode, std, threshold):
     # 0.1 three times: its mean is not 0.1 in floating point, so only an exact test gives an exact 0.
     rewards = [0.1, 0.1, 0.1, 1.0, 0.0, 0.0, 0.0]
     group_ids = [5, 5, 5, 2, 9, 9, 1]
-    assert advantages(rewards, group_ids, AdvNormConfig(mode, std, 1e-6, threshold)) == [0.0] * 7
+    assert advantages(rewards, group_ids, config(mode, std, 1e-6, threshold)) == [0.0] * 7
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_zero_eps_gives_no_nan(mode):
-    got = advantages([1.0, 1.0, 0.0, 1.0, 0.0], [0, 0, 1, 2, 2], AdvNormConfig(mode, Std.unbiased, 0.0))
-    assert got[:3] == [0.0] * 3
+    got = advantages([1.0, 1.0, 0.0, 1.0, 0.0], [0, 0, 1, 2, 2], config(mode, Std.unbiased, 0.0))
+    assert got[:3] == [0.0] * 3 or mode == "reinforce++"
     assert all(map(math.isfinite, got))
+    assert advantages([1.0] * 3, [0, 1, 1], config(mode, Std.unbiased, 0.0)) == [0.0] * 3
 
 
 def test_gpg_makes_up_for_groups_without_gradient():
@@ -262,3 +295,90 @@ def test_group_statistics_of_graded_rewards_and_of_one_value():
     assert group_statistics(graded, ids, config("native", threshold=1.0)).p.tolist() == [0.25]
     for value, p in [(1.0, 1.0), (0.0, 0.0), (-1.0, 0.0)]:
         assert group_statistics(torch.full((4,), value), ids, config()).p.tolist() == [p]
+
+
+def test_success_of_the_verifier_counts_and_the_rewards_stay():
+    rewards, ids = [1.2, 0.2, 0.0, 0.0], torch.zeros(4, dtype=torch.int64)
+    success = torch.tensor([True, False, False, False])
+    cfg = config("mix")
+    got = estimate_advantages(torch.tensor(rewards, dtype=torch.float64), ids, cfg, success).tolist()
+    close(got, reference(rewards, [0] * 4, config("mix", threshold=1.0)))
+    assert group_statistics(torch.tensor(rewards), ids, cfg, success).p.tolist() == [0.25]
+    # in any order of the responses
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = estimate_advantages(torch.tensor(rewards, dtype=torch.float64)[order], ids, cfg, success[order])
+    assert shuffled.tolist() == [got[i] for i in order.tolist()]
+
+
+@settings(deadline=None, max_examples=60)
+@given(ok=st.lists(st.booleans(), min_size=2, max_size=9), data=st.data())
+def test_pass_at_k_is_the_mean_over_all_sets(ok, data):
+    cfg = config("pass_at_k", pass_k=data.draw(st.integers(1, len(ok))))
+    close(advantages([float(x) for x in ok], [0] * len(ok), cfg), reference([float(x) for x in ok], [0] * len(ok), cfg))
+
+
+def test_pass_at_1_is_native_and_k_must_fit():
+    rewards, ids = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0], [0] * 4 + [1] * 4
+    close(advantages(rewards, ids, config("pass_at_k")), advantages(rewards, ids, config("native")))
+    with pytest.raises(ConfigError, match=r"pass_k=5 .*rollout\.responses_per_prompt"):
+        advantages(rewards, ids, config("pass_at_k", pass_k=5))
+
+
+@pytest.mark.parametrize("mode", BATCH_MODES)
+def test_batch_modes_have_the_scale_of_the_batch(mode):
+    rewards, ids = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 3.0], [0] * 4 + [1] * 4 + [2]
+    got = torch.tensor(advantages(rewards, ids, config(mode, eps=0.0)))
+    centred = torch.tensor(advantages(rewards, ids, config("center")))
+    if mode == "reinforce++":
+        assert float(got.mean()) == pytest.approx(0, abs=1e-6)
+    if mode != "lite_ppo":
+        assert float(got.square().mean()) == pytest.approx(1)
+    if mode != "reinforce++":
+        scale = (got[centred != 0] / centred[centred != 0]).tolist()
+        assert scale == pytest.approx([scale[0]] * len(scale), rel=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(mode=st.sampled_from(MODES), ok=st.lists(st.booleans(), min_size=8, max_size=8), data=st.data())
+def test_binary_rewards_give_the_same_bits_in_any_order(mode, ok, data):
+    ids, cfg = [0, 0, 0, 0, 7, 7, 7, 9], config(mode)
+    whole = advantages([0.3 * x for x in ok], ids, cfg)
+    order = data.draw(st.permutations(range(8)))
+    assert advantages([0.3 * ok[i] for i in order], [ids[i] for i in order], cfg) == [whole[i] for i in order]
+
+
+CUSTOM = """
+import torch
+
+def median(groups, config):
+    middle = torch.stack([groups.rewards[groups.index == i].median() for i in range(len(groups.ids))])
+    return groups.rewards - groups.per_response(middle)
+
+def short(groups, config):
+    return groups.mean
+
+def infinite(groups, config):
+    return groups.rewards / 0
+"""
+
+
+def test_an_estimator_of_the_user(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CUSTOM)
+    rewards, ids = [0.0, 3.0, 1.0, 5.0], [4, 2, 4, 4]
+    assert advantages(rewards, ids, config(f"{file}:median")) == [-1.0, 0.0, 0.0, 4.0]
+    for name, words in [
+        ("short", r"\[4\]; it returned \(2,\)"),
+        ("infinite", "not finite"),
+        ("none", "no function none"),
+    ]:
+        with pytest.raises(ConfigError, match=f"actor.adv_norm.aggregation_mode=.*{words}"):
+            advantages(rewards, ids, config(f"{file}:{name}"))
+    with pytest.raises(ConfigError, match="is unknown: it is one of native, mix"):
+        get_estimator("grpo")
+    with pytest.raises(ConfigError, match="there is no file"):
+        get_estimator(f"{tmp_path}/other.py:median")
+
+
+def test_the_configuration_knows_all_estimators():
+    assert tuple(ESTIMATORS) == ADVANTAGE_MODES
