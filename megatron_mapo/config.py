@@ -68,10 +68,30 @@ class LossAggregation(StrEnum):
     constant = "constant"
 
 
+class Objective(StrEnum):
+    ppo = "ppo"
+    cispo = "cispo"
+    gspo = "gspo"
+    gmpo = "gmpo"
+    sapo = "sapo"
+
+
 class KLEstimator(StrEnum):
     k1 = "k1"
     k2 = "k2"
     k3 = "k3"
+    k3_unbiased = "k3_unbiased"
+
+
+class KLPlacement(StrEnum):
+    loss = "loss"
+    reward = "reward"
+
+
+class CorrectionWeight(StrEnum):
+    none = "none"
+    token = "token"
+    sequence = "sequence"
 
 
 class OldLogprobs(StrEnum):
@@ -172,22 +192,53 @@ class AdvNormConfig:
 
 @dataclass
 class LossConfig:
-    """Clipped policy-gradient loss, and the KL term to the reference model."""
+    """Policy-gradient loss, and the KL term to the reference model."""
 
+    objective: Objective = Objective.ppo
+    """`ppo` clips each token's ratio; `cispo` clips its weight, not its gradient; `gspo` clips the sequence's ratio;
+    `gmpo` takes the geometric mean of clipped ratios; `sapo` has a soft gate. See docs/algorithm.md."""
     clip_low: float = 0.2
     """Lower clip: the ratio's floor is `1 - clip_low`."""
     clip_high: float = 0.2
     """Upper clip: the ratio's ceiling is `1 + clip_high`."""
+    dual_clip: float | None = None
+    """With a negative advantage the loss of a token is at most this times |advantage| (`ppo` only); unset: no bound."""
+    sapo_temperature: float = 1.0
+    """Sharpness of the gate of `sapo` for positive advantages."""
+    sapo_temperature_negative: float = 1.05
+    """The same for negative ones; sharper, so that they die out sooner."""
     aggregation: LossAggregation = LossAggregation.token
     """Weight of a token: `token` 1/all response tokens, `sequence` 1/(N*len), `constant` 1/(N*max_response_tokens)."""
     kl_coef: float = 0.0
     """Coefficient of the KL term to the reference model. At 0 no reference model is built."""
     kl_estimator: KLEstimator = KLEstimator.k3
-    """Per-token KL estimator."""
+    """Per-token KL estimator. `k3_unbiased` weights k3 by the ratio to the old policy, gradient included."""
+    kl_in: KLPlacement = KLPlacement.loss
+    """The KL is a term of the loss, or is subtracted from the rewards (not with right-or-wrong advantages)."""
+    mask_truncated: bool = False
+    """Leave truncated responses out of the loss and its averages; they still count in their group's advantages."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus."""
     old_logprobs: OldLogprobs = OldLogprobs.recompute
     """Old log-probs from the trainer before the update (`recompute`), or as the server reported them (`rollout`)."""
+
+
+@dataclass
+class CorrectionConfig:
+    """Correction for sampling from other log-probs than the trainer's; ratio = old policy / server's, per token."""
+
+    weight: CorrectionWeight = CorrectionWeight.none
+    """Weight the loss by each `token`'s ratio (truncated importance sampling, decoupled PPO), or the `sequence`'s."""
+    weight_max: float | None = 2.0
+    """Largest weight; unset: no bound."""
+    mask_low: float | None = None
+    """Tokens whose ratio is below this give no gradient (IcePop); unset: no bound."""
+    mask_high: float | None = None
+    """The same for ratios above this."""
+    reject_low: float | None = None
+    """Responses whose geometric mean of ratios is below this give no gradient; unset: no bound."""
+    reject_high: float | None = None
+    """The same for means above this."""
 
 
 @dataclass
@@ -240,6 +291,8 @@ class ActorConfig:
     """Advantage estimator."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Loss."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """Correction for the difference between server and trainer."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -685,8 +738,9 @@ _RANGES: tuple[_Check, ...] = (
     (
         "0 or more and finite",
         lambda v: 0 <= v < math.inf,
-        "actor.adv_norm.eps actor.loss.clip_high actor.loss.kl_coef actor.loss.entropy_coef actor.optim.eps "
-        "actor.optim.weight_decay reward.overlong_penalty rollout.max_logprob_diff "
+        "actor.adv_norm.eps actor.loss.clip_low actor.loss.clip_high actor.loss.kl_coef actor.loss.entropy_coef "
+        "actor.correction.mask_low actor.correction.reject_low actor.optim.eps actor.optim.weight_decay "
+        "reward.overlong_penalty rollout.max_logprob_diff "
         "rollout.server.restart_delay",
     ),
     (
@@ -694,12 +748,13 @@ _RANGES: tuple[_Check, ...] = (
         lambda v: 0 < v < math.inf,
         "actor.optim.lr actor.optim.clip_grad actor.lora.alpha rollout.temperature rollout.timeout "
         "rollout.probe_timeout rollout.wait_timeout rollout.server.hang_timeout "
+        "actor.loss.sapo_temperature actor.loss.sapo_temperature_negative actor.correction.weight_max "
+        "actor.correction.mask_high actor.correction.reject_high "
         "rollout.server.startup_timeout rollout.sync.timeout reward.timeout trainer.hang_timeout "
         "trainer.collective_timeout",
     ),
     ("finite", math.isfinite, "actor.adv_norm.success_threshold reward.correct reward.wrong"),
-    ("greater than 1 and finite", lambda v: 1 < v < math.inf, "trainer.straggler_ratio"),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, "actor.loss.clip_low"),
+    ("greater than 1 and finite", lambda v: 1 < v < math.inf, "trainer.straggler_ratio actor.loss.dual_clip"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "actor.optim.beta1 actor.optim.beta2"),
     ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "rollout.server.mem_fraction"),
     ("from 0 to 65535", lambda v: 0 <= v <= 65535, "rollout.server.port"),
@@ -736,6 +791,7 @@ def validate(config: Config) -> None:
             if value is not None and not holds(value):
                 raise ConfigError(f"{key} must be {text}, got {value!r}")
     _validate_advantages(config)
+    _validate_loss(config)
     _validate_actor(config)
     _validate_trainer(config)
     _validate_rollout(config)
@@ -803,6 +859,45 @@ def _validate_advantages(config: Config) -> None:
         f"reward.wrong must be 0 or more with actor.adv_norm.success_threshold and aggregation_mode=mix, "
         f"which divide by a group's mean reward; got {reward.wrong}",
     )
+
+
+RIGHT_OR_WRONG_MODES = frozenset({"mix", "mean_only", "treerpo", "pass_at_k"})
+
+
+def _validate_loss(config: Config) -> None:
+    loss, correction, mode = config.actor.loss, config.actor.correction, config.actor.adv_norm.aggregation_mode
+    _require(
+        loss.objective is Objective.gmpo or loss.clip_low <= 1,
+        f"actor.loss.clip_low must be from 0 to 1, got {loss.clip_low}",
+    )
+    _require(
+        loss.dual_clip is None or loss.objective is Objective.ppo,
+        f"actor.loss.dual_clip is part of actor.loss.objective=ppo; unset it with {loss.objective.value}",
+    )
+    in_reward = loss.kl_coef > 0 and loss.kl_in is KLPlacement.reward
+    _require(
+        not in_reward or mode not in RIGHT_OR_WRONG_MODES,
+        f"actor.loss.kl_in=reward makes rewards that are not right or wrong, which "
+        f"actor.adv_norm.aggregation_mode={mode} needs: set actor.loss.kl_in=loss, or choose aggregation_mode=native",
+    )
+    _require(
+        not in_reward or loss.kl_estimator is not KLEstimator.k3_unbiased,
+        "actor.loss.kl_estimator=k3_unbiased is for actor.loss.kl_in=loss; take k1, k2 or k3 in the reward",
+    )
+    bounds = {name: getattr(correction, name) for name in ("mask_low", "mask_high", "reject_low", "reject_high")}
+    used = ["weight"] if correction.weight is not CorrectionWeight.none else []
+    used += [name for name, bound in bounds.items() if bound is not None]
+    _require(
+        not used or loss.old_logprobs is OldLogprobs.recompute,
+        f"actor.correction.{(used or [''])[0]} compares the trainer's old log-probs with the server's: it needs "
+        "actor.loss.old_logprobs=recompute",
+    )
+    for kind in ("mask", "reject"):
+        low, high = bounds[f"{kind}_low"], bounds[f"{kind}_high"]
+        _require(
+            low is None or high is None or low < high,
+            f"actor.correction.{kind}_low ({low}) must be below actor.correction.{kind}_high ({high})",
+        )
 
 
 def _validate_actor(config: Config) -> None:

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from megatron_mapo import checkpoint_files, preemption
-from megatron_mapo.algorithms.advantages import estimate_advantages
-from megatron_mapo.algorithms.metrics import mismatch_metrics, rollout_metrics, update_metrics
+from megatron_mapo.algorithms.advantages import estimate_advantages, get_estimator
+from megatron_mapo.algorithms.correction import corrects
+from megatron_mapo.algorithms.kl import rewards_with_kl
+from megatron_mapo.algorithms.metrics import correction_metrics, mismatch_metrics, rollout_metrics, update_metrics
+from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.checkpoint_files import Retention
-from megatron_mapo.config import Config, OldLogprobs, Resume, load_config, to_yaml
+from megatron_mapo.config import Config, KLPlacement, OldLogprobs, Resume, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch, ragged_indices
 from megatron_mapo.errors import (
     CheckpointError,
@@ -94,6 +97,7 @@ class Trainer:
     def open(self) -> None:
         """Find the model, build the policy, connect to the servers, and resume if there is a checkpoint."""
         actor = self.config.actor
+        get_estimator(actor.adv_norm.aggregation_mode)  # one that cannot be imported is an error now, not at a step
         with self.watchdog.phase("start"):
             self.model_path = self.on_main(self._prepare)
             updates = self.config.trainer.steps * actor.epochs * actor.mini_batches
@@ -227,9 +231,9 @@ class Trainer:
         start = time.perf_counter()
         with clock.phase("rollout"):
             batch = self.on_servers(lambda: self._main_rollout.sample(self.step))
-        advantages = estimate_advantages(batch.rewards, batch.group_ids, self.config.actor.adv_norm)
-        metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns, before = self.score(batch, clock)
+        advantages = estimate_advantages(self._rewards(batch, columns), batch.group_ids, self.config.actor.adv_norm)
+        metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns["advantages"] = advantages[batch.response_sequence]
         with clock.phase("update"):
             metrics |= self.update(batch, columns, before)
@@ -263,7 +267,7 @@ class Trainer:
         before = None
         if loss.old_logprobs is OldLogprobs.rollout:
             columns["old_logprobs"] = batch.rollout_logprobs
-        elif self.config.actor.mini_batches * self.config.actor.epochs > 1:
+        elif self.config.actor.mini_batches * self.config.actor.epochs > 1 or self._kl_in_reward:
             with clock.phase("old_logprobs"):
                 before = self.policy.log_probs(batch)
             columns["old_logprobs"] = before.logprobs
@@ -271,7 +275,21 @@ class Trainer:
         if loss.kl_coef > 0:
             with clock.phase("reference"):
                 columns["ref_logprobs"] = self.policy.reference_log_probs(batch).logprobs
+        if corrects(self.config.actor.correction):
+            columns["rollout_logprobs"] = batch.rollout_logprobs
         return columns, before
+
+    @property
+    def _kl_in_reward(self) -> bool:
+        loss = self.config.actor.loss
+        return loss.kl_coef > 0 and loss.kl_in is KLPlacement.reward
+
+    def _rewards(self, batch: SequenceBatch, columns: dict[str, Tensor]) -> Tensor:
+        """What the advantages are made of: the verifier's rewards, less the KL where that is in the reward."""
+        if not self._kl_in_reward:
+            return batch.rewards
+        old, ref, loss = columns["old_logprobs"], columns["ref_logprobs"], self.config.actor.loss
+        return rewards_with_kl(batch.rewards, old, ref, batch.response_sequence, loss.kl_coef, loss.kl_estimator)
 
     def update(self, batch: SequenceBatch, columns: dict[str, Tensor], before: TokenScores | None) -> dict[str, float]:
         """All optimizer steps on one rollout batch, and what to log of them."""
@@ -280,8 +298,9 @@ class Trainer:
             part = batch.select(index)
             in_part = _response_tokens(batch, index)
             part_columns = {name: column[in_part] for name, column in columns.items()}
+            loss = self.config.actor.loss
             part_columns["token_weight"] = token_weights(
-                part, self.config.actor.loss.aggregation, self.config.rollout.max_response_tokens
+                part, loss.aggregation, self.config.rollout.max_response_tokens, loss.mask_truncated
             )
             rows = self._rows_with_gradient(part, part_columns["advantages"])
             results.append((self.policy.update(part, part_columns, rows), in_part))
@@ -307,7 +326,8 @@ class Trainer:
         least one group stays, so that every step compares the server's log-probs with the trainer's.
         """
         loss = self.config.actor.loss
-        if not self.config.actor.skip_zero_advantage or loss.kl_coef > 0 or loss.entropy_coef > 0:
+        kl_in_loss = loss.kl_coef > 0 and not self._kl_in_reward
+        if not self.config.actor.skip_zero_advantage or kl_in_loss or loss.entropy_coef > 0:
             return None
         rows = torch.zeros(len(batch), dtype=torch.bool)
         rows[batch.response_sequence[advantages != 0]] = True
@@ -320,13 +340,19 @@ class Trainer:
         before: TokenScores | None,
         results: list[tuple[UpdateResult, Tensor]],
     ) -> dict[str, float]:
-        index = torch.cat([tokens[r.scores.computed] for r, tokens in results])
+        taken = [(r, tokens[r.scores.computed]) for r, tokens in results]
+        index = torch.cat([tokens for _, tokens in taken])
         logprobs = torch.cat([r.scores.logprobs[r.scores.computed] for r, _ in results])
         entropy = torch.cat([r.scores.entropy[r.scores.computed] for r, _ in results])
         old = columns["old_logprobs"][index] if "old_logprobs" in columns else logprobs
         ref = columns["ref_logprobs"][index] if "ref_logprobs" in columns else None
-        advantages, loss = columns["advantages"][index], self.config.actor.loss
-        metrics = update_metrics(logprobs, old, advantages, entropy, loss, ref_logprobs=ref)
+        advantages, actor = columns["advantages"][index], self.config.actor
+        # A sequence that is trained on twice is two: the policy has moved in between.
+        again = torch.repeat_interleave(torch.arange(len(results)), torch.tensor([len(t) for _, t in taken]))
+        sequences = TokenSequences(batch.response_sequence[index] + again * len(batch), len(batch) * len(results))
+        metrics = update_metrics(logprobs, old, advantages, entropy, actor.loss, ref_logprobs=ref, sequences=sequences)
+        if corrects(actor.correction):
+            metrics |= correction_metrics(old, batch.rollout_logprobs[index], actor.correction, sequences)
         # Later updates of the same batch score it with weights that the server never had.
         unchanged = len(logprobs) if before is not None else int(results[0][0].scores.computed.sum())
         trainer = before.logprobs[index] if before is not None else logprobs

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_mapo.config import AdvNormConfig, Std
+from megatron_mapo.config import RIGHT_OR_WRONG_MODES, AdvNormConfig, Std
 from megatron_mapo.errors import ConfigError, DataError, RewardError
 from megatron_mapo.import_path import import_function, is_import_path
 
@@ -204,7 +204,7 @@ def estimate_advantages(
             the user does not return one finite number a response.
     """
     groups, order = _group(rewards, group_ids, config, success)
-    if config.success_threshold is None and success is None and config.aggregation_mode in _RIGHT_OR_WRONG:
+    if config.success_threshold is None and success is None and config.aggregation_mode in RIGHT_OR_WRONG_MODES:
         groups = _right_or_wrong(groups, config)
     advantages = get_estimator(config.aggregation_mode)(groups, config)
     if config.aggregation_mode not in ESTIMATORS:
@@ -477,5 +477,3 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce++_baseline": _reinforce_pp_baseline,
     "pass_at_k": _pass_at_k,
 }
-
-_RIGHT_OR_WRONG = ("mix", "mean_only", "treerpo", "pass_at_k")

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_mapo.algorithms.advantages import group_statistics
+from megatron_mapo.algorithms.correction import correction_weights
 from megatron_mapo.algorithms.kl import MAX_LOG_RATIO, kl_penalty
-from megatron_mapo.config import AdvNormConfig, KLEstimator, LossConfig
+from megatron_mapo.algorithms.objectives import TokenTerms, clipped_tokens
+from megatron_mapo.algorithms.token_sequences import TokenSequences
+from megatron_mapo.config import AdvNormConfig, CorrectionConfig, KLEstimator, LossConfig
 from megatron_mapo.data.sequences import SequenceBatch
 
 HISTOGRAM_BINS = 9
@@ -101,6 +104,7 @@ def update_metrics(
     entropy: Tensor,
     config: LossConfig,
     ref_logprobs: Tensor | None = None,
+    sequences: TokenSequences | None = None,
 ) -> dict[str, float]:
     """What an update did, over R response tokens.
 
@@ -111,10 +115,11 @@ def update_metrics(
         entropy: ``[R]``, of the policy's distribution (nat).
         config: section ``actor.loss``.
         ref_logprobs: ``[R]``, under the reference, where there is one.
+        sequences: which sequence each token is of; ``objective=gspo`` needs it.
 
     Returns:
-        * ``loss/clip_fraction_low``, ``_high``: share of tokens whose gradient the lower, the upper clip cuts;
-          ``loss/clip_fraction``: their sum.
+        * ``loss/clip_fraction_low``, ``_high``: share of tokens that the lower, the upper bound acts on (see
+          ``objectives.clipped_tokens``); ``loss/clip_fraction``: their sum.
         * ``loss/kl_old``: k3 estimate of KL(old || policy). ``loss/kl_ref``: KL(policy || reference) by
           ``kl_estimator``; only with ``ref_logprobs``.
         * ``loss/entropy``, ``loss/ratio_mean``, ``loss/ratio_max``.
@@ -123,8 +128,9 @@ def update_metrics(
     """
     logprobs, old = logprobs.detach().double(), old_logprobs.double()
     ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    low = _mean((advantages < 0) & (ratio < 1 - config.clip_low))
-    high = _mean((advantages > 0) & (ratio > 1 + config.clip_high))
+    counts = torch.ones_like(logprobs, dtype=torch.bool)
+    below, above = clipped_tokens(TokenTerms(logprobs, logprobs - old, advantages, counts, sequences), config)
+    low, high = _mean(below), _mean(above)
     metrics = {
         "loss/clip_fraction": low + high,
         "loss/clip_fraction_low": low,
@@ -135,8 +141,32 @@ def update_metrics(
         "loss/ratio_max": _max(ratio),
     }
     if ref_logprobs is not None:
-        metrics["loss/kl_ref"] = _mean(kl_penalty(logprobs, ref_logprobs.double(), config.kl_estimator))
+        metrics["loss/kl_ref"] = _mean(kl_penalty(logprobs, ref_logprobs.double(), config.kl_estimator, old))
     return metrics
+
+
+def correction_metrics(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, config: CorrectionConfig, sequences: TokenSequences
+) -> dict[str, float]:
+    """How much ``actor.correction`` changes, over R response tokens.
+
+    Args:
+        old_logprobs: ``[R]``, that the loss starts from (nat).
+        rollout_logprobs: ``[R]``, as the server sampled them.
+        config: section ``actor.correction``.
+        sequences: which sequence each token is of.
+
+    Returns:
+        ``correction/weight_mean``, ``correction/weight_max``, and ``correction/left_out``, the share of tokens of
+        weight 0. All are 0 when R is 0.
+    """
+    counts = torch.ones_like(old_logprobs, dtype=torch.bool)
+    weights = correction_weights(old_logprobs.double(), rollout_logprobs.double(), counts, config, sequences)
+    return {
+        "correction/weight_mean": _mean(weights),
+        "correction/weight_max": _max(weights),
+        "correction/left_out": _mean(weights == 0),
+    }
 
 
 def _mean(values: Tensor) -> float:

@@ -109,6 +109,8 @@ class PackedBatch:
         labels: int64 ``[S]``, that next token.
         response_index: int64 ``[S]``, the label's place among all response tokens of the
             SequenceBatch; in a filler microbatch it is that batch's number of response tokens.
+        sequence_index: int64 ``[S]``, which of the microbatch's sequences the label is of.
+        sequence_count: sequences of the microbatch, on all context-parallel ranks the same.
         columns: per-response-token columns of the batch at the scored tokens, each ``[S]``.
         attention: which token sees which.
     """
@@ -118,6 +120,8 @@ class PackedBatch:
     scored: Tensor
     labels: Tensor
     response_index: Tensor
+    sequence_index: Tensor
+    sequence_count: int
     columns: dict[str, Tensor]
     attention: AttentionPlan
 
@@ -133,6 +137,8 @@ class PackedBatch:
             scored=move(self.scored),
             labels=move(self.labels),
             response_index=move(self.response_index),
+            sequence_index=move(self.sequence_index),
+            sequence_count=self.sequence_count,
             columns={k: move(v) for k, v in self.columns.items()},
             attention=self.attention.to(device),
         )
@@ -258,7 +264,8 @@ def pack(
     cp = spec.context_parallel
     mine = scored[scored % cp == context_rank]
     in_batch = ragged_indices(batch.response_offsets[rows], part.response_lens)
-    index = in_batch[ragged_indices(pieces.response, pieces.length)[mine]]
+    in_part = ragged_indices(pieces.response, pieces.length)[mine]
+    index = in_batch[in_part]
     picked = {name: column[index] for name, column in columns.items()}
     if filler:
         index = torch.full_like(index, len(batch.rollout_logprobs))
@@ -269,6 +276,8 @@ def pack(
         scored=mine // cp,
         labels=part.tokens[source[mine] + 1].long(),
         response_index=index,
+        sequence_index=part.response_sequence[in_part],
+        sequence_count=len(part),
         columns=picked,
         attention=_attention_plan(pieces, cp, context_rank),
     )

@@ -15,7 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_mapo.algorithms.policy_loss import policy_loss
+from megatron_mapo.algorithms.policy_loss import LossInputs, needs_sequences, policy_loss
+from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.config import Config, LossAggregation, ReferencePlacement
 from megatron_mapo.data.packing import PackedBatch, PackingSpec, equal_lengths, pack, plan_microbatches
 from megatron_mapo.data.sequences import SequenceBatch
@@ -63,22 +64,34 @@ class UpdateResult:
     packed_tokens: int
 
 
-def token_weights(batch: SequenceBatch, aggregation: LossAggregation, max_response_tokens: int) -> Tensor:
+def _sum_over_context(totals: Tensor) -> None:
+    """Sum in place over the ranks that hold the other tokens of the same sequences."""
+    group = parallel_state.get_context_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(totals, group=group)
+
+
+def token_weights(
+    batch: SequenceBatch, aggregation: LossAggregation, max_response_tokens: int, mask_truncated: bool = False
+) -> Tensor:
     """Weight of each response token in the loss, from counts of the whole batch.
 
     ``token``: 1/R over all R response tokens (DAPO). ``sequence``: 1/(N len_i) (the GRPO paper).
-    ``constant``: 1/(N max_response_tokens) (Dr. GRPO).
+    ``constant``: 1/(N max_response_tokens) (Dr. GRPO). With ``mask_truncated`` truncated sequences weigh 0 and are
+    not counted (DAPO, arXiv 2503.14476, section 3.4).
 
     Returns:
         float32 ``[R]``. With it the loss is a plain sum, however the batch is cut.
     """
     lens = batch.response_lens
+    kept = ~batch.truncated if mask_truncated else torch.ones(len(batch), dtype=torch.bool)
+    count = max(int(kept.sum()), 1)
     if aggregation is LossAggregation.token:
-        per_sequence = torch.full((len(batch),), 1.0 / max(int(lens.sum()), 1), dtype=torch.float64)
+        per_sequence = kept.double() / max(int(lens[kept].sum()), 1)
     elif aggregation is LossAggregation.sequence:
-        per_sequence = 1.0 / (len(batch) * lens.clamp(min=1).double())
+        per_sequence = kept / (count * lens.clamp(min=1).double())
     else:
-        per_sequence = torch.full((len(batch),), 1.0 / (len(batch) * max_response_tokens), dtype=torch.float64)
+        per_sequence = kept.double() / (count * max_response_tokens)
     return torch.repeat_interleave(per_sequence, lens).float()
 
 
@@ -198,8 +211,8 @@ class Policy:
         Args:
             batch: N sequences, R response tokens; the same on all ranks.
             columns: per response token ``[R]``: ``advantages``, ``token_weight``; optional
-                ``old_logprobs`` (missing: the actor's own, which makes every ratio 1) and
-                ``ref_logprobs``.
+                ``old_logprobs`` (missing: the actor's own, which makes every ratio 1),
+                ``ref_logprobs``, and ``rollout_logprobs`` (for ``actor.correction``).
             rows: the sequences that take part (the others must not contribute to the gradient);
                 None: all.
 
@@ -248,7 +261,7 @@ class Policy:
 
     def _run(self, chunks: list[Any], microbatches: list[PackedBatch], forward_only: bool) -> list[dict[str, Tensor]]:
         """All microbatches through megatron's schedule; what the last stage found out about each."""
-        loss_config = self.config.actor.loss
+        actor = self.config.actor
 
         def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
             packed = next(iterator)
@@ -257,17 +270,8 @@ class Policy:
                 logprobs, entropy = output
                 loss = output.new_zeros(())
                 if not forward_only:
-                    c = packed.columns
-                    old = c.get("old_logprobs", logprobs.detach())
-                    loss = policy_loss(
-                        logprobs,
-                        old,
-                        c["advantages"],
-                        c["token_weight"],
-                        loss_config,
-                        ref_logprobs=c.get("ref_logprobs"),
-                        entropy=entropy,
-                    )
+                    inputs = self._loss_inputs(packed, logprobs)
+                    loss = policy_loss(logprobs, inputs, actor.loss, actor.correction, entropy)
                 found = {"index": packed.response_index, "scores": output.detach(), "loss": loss.detach()}
                 return loss, torch.ones((), dtype=torch.int, device=loss.device), found
 
@@ -283,6 +287,20 @@ class Policy:
             seq_length=longest,
             micro_batch_size=1,
             forward_only=forward_only,
+        )
+
+    def _loss_inputs(self, packed: PackedBatch, logprobs: Tensor) -> LossInputs:
+        c, actor = packed.columns, self.config.actor
+        sequences = None
+        if needs_sequences(actor.loss, actor.correction):
+            sequences = TokenSequences(packed.sequence_index, packed.sequence_count, _sum_over_context)
+        return LossInputs(
+            old_logprobs=c.get("old_logprobs", logprobs.detach()),
+            advantages=c["advantages"],
+            token_weight=c["token_weight"],
+            ref_logprobs=c.get("ref_logprobs"),
+            rollout_logprobs=c.get("rollout_logprobs"),
+            sequences=sequences,
         )
 
     def _collect(self, outputs: list[dict[str, Tensor]], responses: int) -> TokenScores:

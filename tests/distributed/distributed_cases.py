@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_mapo.algorithms.metrics import update_metrics
+from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch
@@ -68,6 +69,7 @@ def columns_of(policy: Policy, batch: SequenceBatch, fixed: dict[str, Tensor]) -
         "advantages": fixed["advantages"],
         "token_weight": token_weights(batch, config.actor.loss.aggregation, config.rollout.max_response_tokens),
         "old_logprobs": fixed["old_logprobs"],
+        "rollout_logprobs": fixed["old_logprobs"] + 0.5 * fixed["ref_shift"],
     }
     if policy.reference is not None:
         columns["ref_logprobs"] = policy.reference_log_probs(batch).logprobs + fixed["ref_shift"]
@@ -91,7 +93,9 @@ def scores_in_place(name: str, scores: TokenScores, place: Tensor) -> dict[str, 
     return out
 
 
-def logged_metrics(policy: Policy, scores: TokenScores, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+def logged_metrics(
+    policy: Policy, batch: SequenceBatch, scores: TokenScores, columns: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """What the loop logs of an update, over the tokens that took part in it."""
     said = {name: column[scores.computed] for name, column in columns.items()}
     metrics = update_metrics(
@@ -101,6 +105,7 @@ def logged_metrics(policy: Policy, scores: TokenScores, columns: dict[str, Tenso
         scores.entropy[scores.computed],
         policy.config.actor.loss,
         ref_logprobs=said.get("ref_logprobs"),
+        sequences=TokenSequences(batch.response_sequence[scores.computed], len(batch)),
     )
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
@@ -125,7 +130,9 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
             found[f"{k}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
             found[f"{k}.grad_norm"] = torch.tensor(result.grad_norm, dtype=torch.float64)
             found |= scores_in_place(f"{k}.scores", result.scores, place)
-            found |= {f"{k}.metric.{name}": v for name, v in logged_metrics(policy, result.scores, columns).items()}
+            found |= {
+                f"{k}.metric.{name}": v for name, v in logged_metrics(policy, batch, result.scores, columns).items()
+            }
         # Before a forward pass, which would gather what overlap_param_gather has left for it.
         found |= {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
         found |= scores_in_place("after", policy.log_probs(batch), place)

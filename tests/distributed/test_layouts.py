@@ -31,6 +31,23 @@ LOSSES = {
         "actor.loss.clip_high=0.3",
         "actor.loss.kl_coef=0.05",
     ],
+    # What looks at whole sequences, whose tokens context parallelism spreads over ranks.
+    "gspo": [
+        "actor.loss.objective=gspo",
+        "actor.loss.aggregation=sequence",
+        "actor.loss.clip_low=0.05",
+        "actor.loss.clip_high=0.02",
+        "actor.correction.weight=sequence",
+        "actor.correction.reject_low=0.98",
+    ],
+    "gmpo": [
+        "actor.loss.objective=gmpo",
+        "actor.loss.aggregation=sequence",
+        "actor.correction.weight=token",
+        "actor.correction.mask_high=1.1",
+        "actor.loss.kl_coef=0.05",
+        "actor.loss.kl_estimator=k3_unbiased",
+    ],
 }
 TP, SP, PP, CP = ([f"actor.parallel.{k}"] for k in ("tensor=2", "sequence=true", "pipeline=2", "context=2"))
 SMALL = ["actor.microbatch_tokens=80"]
@@ -94,6 +111,10 @@ CASES = {
     "dp2-fillers": Case(2, "llama", "token", [], rows=FEW[:1]),
     "dp2-plain-optimizer": Case(2, "llama", "token", ["actor.optim.distributed=false"]),
     "dp2-overlap": Case(2, "llama", "token", ["actor.optim.overlap_grad_reduce=true", *SMALL]),
+    "cp2-gspo": Case(2, "llama_untied", "gspo", CP + SMALL),
+    "dp2-gspo-permuted": Case(2, "llama", "gspo", SMALL, permute=True),
+    "cp2-gmpo": Case(2, "llama", "gmpo", CP),
+    "pp2-gmpo": Case(2, "llama_untied", "gmpo", PP + SMALL),
     "tp2-cp2": Case(4, "llama", "token", TP + CP),
     "tp2-pp2": Case(4, "llama", "token", TP + PP + SMALL),
 }

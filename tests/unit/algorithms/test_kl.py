@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mapo.algorithms.kl import MAX_LOG_RATIO, kl_penalty
+from megatron_mapo.algorithms.kl import MAX_LOG_RATIO, kl_penalty, rewards_with_kl
 from megatron_mapo.config import KLEstimator
 
 
@@ -54,6 +54,30 @@ def test_gradients_are_what_the_docstring_says(logits):
     torch.testing.assert_close(expected_gradient(logits, KLEstimator.k1), torch.zeros_like(reverse))
     torch.testing.assert_close(expected_gradient(logits, KLEstimator.k2), reverse)
     torch.testing.assert_close(expected_gradient(logits, KLEstimator.k3), forward)
+
+
+def test_weighted_k3_is_right_away_from_the_old_policy(logits):
+    """Sampled from an old policy: its mean and its gradient are those of the reverse KL."""
+    generator = torch.Generator().manual_seed(2)
+    old = torch.randn(7, dtype=torch.float64, generator=generator).log_softmax(-1)
+    free = logits[0].clone().requires_grad_()
+    policy, ref = free.log_softmax(-1), logits[1].log_softmax(-1)
+    expectation = (old.exp() * kl_penalty(policy, ref, KLEstimator.k3_unbiased, old)).sum()
+    torch.testing.assert_close(expectation, kl(policy, ref))
+    (found,) = torch.autograd.grad(expectation, free, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(kl(policy, ref), free)[0])
+    # On the old policy itself the value is that of k3.
+    torch.testing.assert_close(
+        kl_penalty(policy, ref, KLEstimator.k3_unbiased, policy), kl_penalty(policy, ref, KLEstimator.k3)
+    )
+    with pytest.raises(ValueError, match="old_logprobs"):
+        kl_penalty(policy, ref, KLEstimator.k3_unbiased)
+
+
+def test_kl_in_the_reward():
+    old, ref = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5])
+    rewards = rewards_with_kl(torch.tensor([1.0, 0.0, 2.0]), old, ref, torch.tensor([0, 0, 2]), 0.1, KLEstimator.k1)
+    assert rewards.tolist() == pytest.approx([1 - 0.1 * (0.5 - 1.0), 0.0, 2.0])
 
 
 def test_far_off_tokens_stay_finite():

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from megatron_mapo.algorithms.kl import MAX_LOG_RATIO
-from megatron_mapo.algorithms.policy_loss import policy_loss
-from megatron_mapo.config import KLEstimator, LossConfig
+from megatron_mapo.algorithms.policy_loss import LossInputs
+from megatron_mapo.algorithms.policy_loss import policy_loss as loss_of_inputs
+from megatron_mapo.config import CorrectionConfig, KLEstimator, LossConfig
+
+OFF = CorrectionConfig()
+
+
+def policy_loss(logprobs, old, advantages, weight, config, ref=None, entropy=None):
+    return loss_of_inputs(logprobs, LossInputs(old, advantages, weight, ref), config, OFF, entropy)
+
 
 LENGTHS = [5, 1, 9, 3, 7, 2]
 B, L = len(LENGTHS), max(LENGTHS)
