@@ -364,6 +364,22 @@ class SyncConfig:
 
 
 @dataclass
+class FilterConfig:
+    """Groups worth training on; others are sampled again with other prompts (dynamic sampling)."""
+
+    varied: bool = False
+    """Drop groups whose rewards are all equal, which have no advantage (DAPO)."""
+    min_p: float | None = None
+    """Drop groups whose success rate is below this; unset: no bound."""
+    max_p: float | None = None
+    """Drop groups whose success rate is above this; unset: no bound."""
+    max_truncated: float | None = None
+    """Drop groups with a larger share of truncated responses; unset: no bound."""
+    oversample: int = 3
+    """A step samples at most this many times `prompts_per_step` prompts; then it goes on with what passed."""
+
+
+@dataclass
 class RolloutConfig:
     """Generation."""
 
@@ -398,6 +414,8 @@ class RolloutConfig:
     """Seconds to wait for a server when all are gone; then the run saves a checkpoint and ends."""
     max_logprob_diff: float | None = None
     """Stop when the mean |server - trainer| log-prob difference of a step is above this; unset: only report."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    """Which groups to train on."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """Servers to start."""
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -424,6 +442,20 @@ class RewardConfig:
     """Reward of a wrong answer."""
     overlong_penalty: float = 0.0
     """Subtracted from truncated responses. Must be 0 with `actor.adv_norm.aggregation_mode=mix`."""
+    overlong_buffer: int = 0
+    """Tokens before `rollout.max_response_tokens` over which the penalty grows from 0 (DAPO's soft punishment)."""
+
+
+@dataclass
+class CurriculumConfig:
+    """Prompts that rest: those whose success rate, when last sampled, was out of bounds."""
+
+    min_p: float | None = None
+    """Rest prompts whose success rate was below this (too hard yet); unset: no bound."""
+    max_p: float | None = None
+    """Rest prompts whose success rate was above this (mastered); unset: no bound."""
+    rest_epochs: int = 2
+    """Epochs that such a prompt is left out before it is tried again."""
 
 
 @dataclass
@@ -450,6 +482,10 @@ class DataConfig:
     """System message; unset: none is sent (a chat template may add its own)."""
     shuffle: bool = True
     """New order every epoch, from `run.seed`."""
+    deduplicate: bool = False
+    """Drop rows whose question stands in an earlier row already. With another answer there it is an error."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Which prompts rest."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of a `reasoning_gym` task; `seed` and `size` are among them. Held-out rows get another seed."""
 
@@ -719,6 +755,7 @@ _RANGES: tuple[_Check, ...] = (
         "rollout.max_failures "
         "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
         "rollout.server.max_running_requests rollout.sync.bucket_mb "
+        "rollout.filter.oversample data.curriculum.rest_epochs "
         "reward.workers data.eval_limit trainer.steps trainer.max_skipped trainer.keep_checkpoints "
         "run.resume_step",
     ),
@@ -733,7 +770,7 @@ _RANGES: tuple[_Check, ...] = (
         "actor.optim.warmup_steps actor.lora.rank rollout.retries rollout.server.threads rollout.server.restarts "
         "trainer.save_interval "
         "trainer.evaluation.interval trainer.evaluation.samples trainer.threads tracking.samples "
-        "trainer.keep_every reward.memory_mb",
+        "trainer.keep_every reward.memory_mb reward.overlong_buffer",
     ),
     (
         "0 or more and finite",
@@ -755,6 +792,12 @@ _RANGES: tuple[_Check, ...] = (
     ),
     ("finite", math.isfinite, "actor.adv_norm.success_threshold reward.correct reward.wrong"),
     ("greater than 1 and finite", lambda v: 1 < v < math.inf, "trainer.straggler_ratio actor.loss.dual_clip"),
+    (
+        "from 0 to 1",
+        lambda v: 0 <= v <= 1,
+        "rollout.filter.min_p rollout.filter.max_p rollout.filter.max_truncated data.curriculum.min_p "
+        "data.curriculum.max_p",
+    ),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "actor.optim.beta1 actor.optim.beta2"),
     ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "rollout.server.mem_fraction"),
     ("from 0 to 65535", lambda v: 0 <= v <= 65535, "rollout.server.port"),
@@ -958,6 +1001,20 @@ def is_server_url(url: str) -> bool:
 
 def _validate_rollout(config: Config) -> None:
     rollout = config.rollout
+    for section, bounds in (("rollout.filter", rollout.filter), ("data.curriculum", config.data.curriculum)):
+        low, high = bounds.min_p, bounds.max_p
+        _require(
+            low is None or high is None or low < high, f"{section}.min_p ({low}) must be below {section}.max_p ({high})"
+        )
+    _require(
+        config.reward.overlong_buffer == 0 or config.reward.overlong_penalty > 0,
+        "reward.overlong_buffer is where reward.overlong_penalty grows, and that is 0",
+    )
+    _require(
+        config.reward.overlong_buffer <= rollout.max_response_tokens,
+        f"reward.overlong_buffer ({config.reward.overlong_buffer}) must not exceed rollout.max_response_tokens "
+        f"({rollout.max_response_tokens})",
+    )
     for url in rollout.urls:
         _require(
             is_server_url(url),

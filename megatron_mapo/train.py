@@ -232,7 +232,9 @@ class Trainer:
         with clock.phase("rollout"):
             batch = self.on_servers(lambda: self._main_rollout.sample(self.step))
         columns, before = self.score(batch, clock)
-        advantages = estimate_advantages(self._rewards(batch, columns), batch.group_ids, self.config.actor.adv_norm)
+        advantages = estimate_advantages(
+            self._rewards(batch, columns), batch.group_ids, self.config.actor.adv_norm, batch.extra.get("success")
+        )
         metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns["advantages"] = advantages[batch.response_sequence]
         with clock.phase("update"):

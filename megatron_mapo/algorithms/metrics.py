@@ -44,7 +44,7 @@ def rollout_metrics(
     Raises:
         DataError: the batch is empty.
     """
-    groups = group_statistics(batch.rewards, batch.group_ids, adv_config)
+    groups = group_statistics(batch.rewards, batch.group_ids, adv_config, batch.extra.get("success"))
     index = torch.searchsorted(groups.ids, batch.group_ids)
     active = torch.zeros(len(groups.ids), dtype=torch.bool).index_fill_(0, index[advantages != 0], True)
     rewards, lengths = batch.rewards.double(), batch.response_lens.double()

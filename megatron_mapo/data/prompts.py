@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_mapo.config import DATA_SUFFIXES, DataConfig
+from megatron_mapo.config import DATA_SUFFIXES, CurriculumConfig, DataConfig
 from megatron_mapo.data.chat import PromptEncoder
 from megatron_mapo.errors import CheckpointError, DataError
 
@@ -122,7 +122,7 @@ def load_prompts(
             too long. The message names the row and the key to change.
     """
     rows = _read(source, split, data_config, key)
-    rows = rows[:limit]
+    rows = _without_repeats(rows)[:limit] if data_config.deduplicate else rows[:limit]
     if not rows:
         raise DataError(f"{key}: {source} has no rows")
     encoder = PromptEncoder(tokenizer, data_config.system)
@@ -137,6 +137,19 @@ def load_prompts(
                 f"({max_prompt_tokens}): raise it, or remove the row from {key}"
             )
     return PromptSet(rows, token_ids)
+
+
+def _without_repeats(rows: list[_Row]) -> list[_Row]:
+    """Rows whose question, up to spaces, stands in no earlier row."""
+    first: dict[str, _Row] = {}
+    for row in rows:
+        earlier = first.setdefault(" ".join(row.question.split()), row)
+        if earlier.answer != row.answer:
+            raise DataError(
+                f"{row.where}: the question of {earlier.where} with another answer ({row.answer!r}, there "
+                f"{earlier.answer!r}): remove one of them, or set data.deduplicate=false"
+            )
+    return list(first.values())
 
 
 def _read(source: str, split: str, data_config: DataConfig, key: str) -> list[_Row]:
@@ -279,15 +292,20 @@ class PromptStream:
         prompts: what to deal out.
         seed: ``run.seed``.
         shuffle: ``data.shuffle``; off gives the order of the data in every epoch.
+        curriculum: ``data.curriculum``; which prompts are left out for some epochs (see ``record``).
     """
 
-    def __init__(self, prompts: PromptSet, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, prompts: PromptSet, seed: int, shuffle: bool, curriculum: CurriculumConfig | None = None
+    ) -> None:
         self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle
+        self._curriculum = curriculum or CurriculumConfig()
         self._fingerprint = prompts.fingerprint()
         self._epoch = 0
         self._position = 0
+        self._rest: dict[int, int] = {}  # row: the epoch that it is back in
         self._order = self._order_of(0)
 
     @property
@@ -295,11 +313,33 @@ class PromptStream:
         """Complete passes over the data so far."""
         return self._epoch
 
+    @property
+    def resting(self) -> int:
+        """Prompts that the curriculum leaves out of this epoch or the next ones."""
+        return len(self._rest)
+
     def _order_of(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(len(self._prompts))
-        # RandomState, because numpy promises that its numbers stay the same in later versions.
-        return np.random.RandomState([self._seed, epoch]).permutation(len(self._prompts))
+        """Rows in the order of an epoch, without those that rest; all, if all rest."""
+        order = np.arange(len(self._prompts))
+        if self._shuffle:
+            # RandomState, because numpy promises that its numbers stay the same in later versions.
+            order = np.random.RandomState([self._seed, epoch]).permutation(len(self._prompts))
+        # Noted in this epoch already: its order stays what it was when the epoch began, also after a resume.
+        rest = self._curriculum.rest_epochs
+        resting = [row for row, back in self._rest.items() if back - rest <= epoch < back]
+        return order[~np.isin(order, resting)] if len(resting) < len(order) else order
+
+    def record(self, rows: Sequence[int], rates: Sequence[float]) -> None:
+        """Note the success rates that prompts were measured to have. Those out of bounds rest from the next epoch on.
+
+        Args:
+            rows: ids of prompts.
+            rates: the share of successes among the responses to each.
+        """
+        low, high = self._curriculum.min_p, self._curriculum.max_p
+        for row, rate in zip(rows, rates, strict=True):
+            if (low is not None and rate < low) or (high is not None and rate > high):
+                self._rest[row] = self._epoch + 1 + self._curriculum.rest_epochs
 
     def next(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts. A call that crosses an epoch's end goes on with the next epoch's order."""
@@ -307,6 +347,7 @@ class PromptStream:
         while len(rows) < n:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
+                self._rest = {row: back for row, back in self._rest.items() if back > self._epoch}
                 self._order = self._order_of(self._epoch)
             taken = self._order[self._position : self._position + n - len(rows)]
             rows += taken.tolist()
@@ -318,6 +359,7 @@ class PromptStream:
         return {
             "epoch": self._epoch,
             "position": self._position,
+            "rest": {str(row): back for row, back in self._rest.items()},
             "seed": self._seed,
             "shuffle": self._shuffle,
             "size": len(self._prompts),
@@ -344,4 +386,5 @@ class PromptStream:
                     "restore it, or start a new run under another run.name"
                 )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._rest = {int(row): int(back) for row, back in state.get("rest", {}).items()}
         self._order = self._order_of(self._epoch)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from megatron_mapo.algorithms.advantages import group_statistics
+from megatron_mapo.algorithms.filters import filters
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
 from megatron_mapo.data.sequences import SequenceBatch
@@ -19,6 +21,7 @@ from megatron_mapo.errors import RolloutError, ServersOut
 from megatron_mapo.hardware import has_accelerator
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
+from megatron_mapo.rollout.dynamic_sampling import collect
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
 from megatron_mapo.rollout.pool import ServerPool, read_urls_file
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
@@ -52,6 +55,22 @@ def stop_token_ids(model_path: Path, eos_token_id: int | None) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
+def overlong(lengths: Tensor, truncated: Tensor, longest: int, buffer: int) -> Tensor:
+    """Share of the overlong penalty that responses get, float64 ``[N]``.
+
+    1 for a truncated response; before, it grows from 0 over the last ``buffer`` tokens (DAPO, arXiv 2503.14476,
+    eq. 13).
+
+    Args:
+        lengths: int64 ``[N]``, response tokens.
+        truncated: bool ``[N]``.
+        longest: ``rollout.max_response_tokens``.
+        buffer: ``reward.overlong_buffer``; 0: truncated responses only.
+    """
+    grown = (lengths - (longest - buffer)).double() / buffer if buffer else torch.zeros(len(lengths)).double()
+    return torch.where(truncated, 1.0, grown.clamp(0, 1))
+
+
 def open_client(
     config: Config, model_path: Path, servers: ServerPool | list[str], api_key: str | None
 ) -> RolloutClient:
@@ -81,7 +100,7 @@ class RolloutSession:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), trust_remote_code=False)
         train = self._load(config.data.train, config.data.train_split, "data.train", None)
-        self.prompts = PromptStream(train, config.run.seed, config.data.shuffle)
+        self.prompts = PromptStream(train, config.run.seed, config.data.shuffle, config.data.curriculum)
         self.held_out: PromptSet | None = None
         if config.data.eval is not None:
             self.held_out = self._load(config.data.eval, config.data.eval_split, "data.eval", config.data.eval_limit)
@@ -97,6 +116,8 @@ class RolloutSession:
             rollout.sync, self.pool, api_key, model_path, config.run_dir, device, rollout.probe_timeout
         )
         self._last_prompts: list[Prompt] = []
+        self._rounds: tuple[int, list[SequenceBatch]] = (-1, [])
+        self._sampled: dict[str, float] = {}
         self._tally: tuple[int, Tally] | None = None
 
     def _load(self, source: str, split: str, key: str, limit: int | None) -> PromptSet:
@@ -109,16 +130,41 @@ class RolloutSession:
         Raises:
             ServersOut: no server holds them (any more). The next call gives the same batch, and goes on with it.
         """
-        here = self.prompts.state_dict()
-        self._last_prompts = self.prompts.next(self.config.rollout.prompts_per_step)
-        seed = sample_seed(self.config.run.seed, _TRAIN, version)
+        here, rollout = self.prompts.state_dict(), self.config.rollout
+        if self._rounds[0] != version:
+            self._rounds = (version, [])
         try:
-            batch = self.sampler.sample(self._last_prompts, version, seed)
+            if filters(rollout.filter):
+                found = collect(self._draw, rollout.prompts_per_step, rollout.filter, self.config.actor.adv_norm)
+                self._last_prompts, batch, self._sampled = found.prompts, found.batch, found.metrics
+            else:
+                self._last_prompts, batch = self._draw(0, rollout.prompts_per_step)
         except ServersOut:
             self.prompts.load_state_dict(here)
             raise
-        penalty = self.config.reward.overlong_penalty
-        return replace(batch, rewards=batch.rewards - penalty * batch.truncated) if penalty else batch
+        self._rounds = (-1, [])
+        reward = self.config.reward
+        if not reward.overlong_penalty:
+            return batch
+        excess = overlong(batch.response_lens, batch.truncated, rollout.max_response_tokens, reward.overlong_buffer)
+        return replace(batch, rewards=batch.rewards - reward.overlong_penalty * excess.float())
+
+    def _draw(self, number: int, count: int) -> tuple[list[Prompt], SequenceBatch]:
+        """Round ``number`` of this step: the next ``count`` prompts and their groups. None is sampled twice."""
+        version, done = self._rounds
+        prompts = self.prompts.next(count)
+        if number == len(done):
+            seed = sample_seed(self.config.run.seed, _TRAIN, version)
+            base = sum(len(batch.group_ids.unique()) for batch in done)
+            done.append(
+                self.sampler.sample(prompts, version, seed if number == 0 else sample_seed(seed, number, 0), base)
+            )
+        batch = done[number]
+        groups = group_statistics(
+            batch.rewards, batch.group_ids, self.config.actor.adv_norm, batch.extra.get("success")
+        )
+        self.prompts.record([prompt.id for prompt in prompts], groups.p.tolist())
+        return prompts, batch
 
     def evaluate(self, version: int, write: Callable[[list[Row]], None]) -> dict[str, float]:
         """Evaluate the servers' weights on the held-out prompts (see ``Tally.metrics``).
@@ -181,8 +227,9 @@ class RolloutSession:
         self.weight_sync.update(weights, version)
 
     def server_metrics(self) -> dict[str, float]:
-        """Servers and failed requests since the last call (see ``ServerPool.metrics``)."""
-        return self.pool.metrics()
+        """Servers and failed requests since the last call (see ``ServerPool.metrics``), and what the last batch's
+        filter did (see ``dynamic_sampling.Collected``)."""
+        return self.pool.metrics() | self._sampled
 
     def close(self) -> None:
         """Close connections and verifier processes."""

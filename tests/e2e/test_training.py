@@ -156,6 +156,44 @@ def test_mini_batches_reference_and_disk_sync(workspace: Path, server_url: str) 
         assert row["loss/kl_ref"] is not None
 
 
+@pytest.mark.slow
+def test_filters_objectives_and_corrections(workspace: Path, server_url: str) -> None:
+    settings = [
+        "rollout.filter={varied: true, oversample: 2}",
+        "actor.adv_norm.aggregation_mode=rloo",
+        "actor.loss={objective: gspo, aggregation: sequence, mask_truncated: true}",
+        "actor.correction={weight: sequence, reject_high: 1.5}",
+        "actor.mini_batches=2",
+    ]
+    done = run(command(workspace, f"rollout.urls=[{server_url}]", "run.name=filtered", "trainer.steps=2", *settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in rows(workspace / "runs/filtered/metrics.jsonl"):
+        assert 1 <= row["filter/kept"] <= 4 <= row["filter/sampled"] <= 8
+        assert row["group/count"] == row["filter/kept"]
+        assert row["group/zero_advantage"] == 0
+        # Server and trainer agree, so that nothing is corrected.
+        assert row["correction/weight_mean"] == pytest.approx(1, abs=1e-2)
+        assert row["correction/left_out"] == 0
+
+
+@pytest.mark.slow
+def test_kl_in_the_reward_and_a_curriculum(workspace: Path, server_url: str) -> None:
+    settings = [
+        "actor.loss={kl_in: reward, kl_coef: 0.5, kl_estimator: k1, objective: cispo}",
+        "actor.adv_norm.aggregation_mode=reinforce++",
+        "data={curriculum: {max_p: 0.1, rest_epochs: 1}}",
+        "reward={overlong_penalty: 0.5, overlong_buffer: 4}",
+    ]
+    name = "shaped"
+    done = run(command(workspace, f"rollout.urls=[{server_url}]", f"run.name={name}", "trainer.steps=3", *settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *_, last = rows(workspace / "runs" / name / "metrics.jsonl")
+    # Before the first update actor and reference are one: the KL takes nothing from the rewards.
+    assert first["loss/kl_ref"] == pytest.approx(0, abs=1e-5)
+    assert abs(last["loss/kl_ref"]) > 1e-5
+    assert first["reward/min"] < 0
+
+
 def test_the_gsm8k_recipe_runs_on_a_cpu_when_a_few_keys_are_replaced(workspace: Path, server_url: str) -> None:
     questions = [
         {"question": f"Tom has {n} apples and buys {n}. How many now?", "answer": f"{n}+{n} = {2 * n}\n#### {2 * n:,}"}

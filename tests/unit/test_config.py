@@ -207,6 +207,42 @@ class TestContradictions:
             (["trainer.keep_best=true"], ["trainer.keep_best", "data.eval"]),
             (["run.resume_step=3", "run.resume=never"], ["run.resume_step", "run.resume=never"]),
             (["data.options.size=3"], ["data.options", "reasoning_gym"]),
+            (["actor.loss.dual_clip=3", "actor.loss.objective=sapo"], ["actor.loss.dual_clip", "actor.loss.objective"]),
+            (
+                ["actor.loss.kl_in=reward", "actor.loss.kl_coef=0.1"],
+                ["actor.loss.kl_in", "actor.adv_norm.aggregation_mode=mix"],
+            ),
+            (
+                [
+                    "actor.loss.kl_in=reward",
+                    "actor.loss.kl_coef=0.1",
+                    "actor.adv_norm.aggregation_mode=rloo",
+                    "actor.loss.kl_estimator=k3_unbiased",
+                ],
+                ["actor.loss.kl_estimator=k3_unbiased"],
+            ),
+            (
+                ["actor.correction.weight=token", "actor.loss.old_logprobs=rollout"],
+                ["actor.correction.weight", "actor.loss.old_logprobs"],
+            ),
+            (
+                ["actor.correction.mask_low=2", "actor.correction.mask_high=2"],
+                ["actor.correction.mask_low", "mask_high"],
+            ),
+            (
+                ["actor.adv_norm.aggregation_mode=pass_at_k", "actor.adv_norm.pass_k=9"],
+                ["actor.adv_norm.pass_k", "rollout.responses_per_prompt"],
+            ),
+            (["rollout.filter.min_p=0.5", "rollout.filter.max_p=0.5"], ["rollout.filter.min_p"]),
+            (["reward.overlong_buffer=10"], ["reward.overlong_buffer", "reward.overlong_penalty"]),
+            (
+                [
+                    "reward.overlong_buffer=2000",
+                    "reward.overlong_penalty=1",
+                    "actor.adv_norm.aggregation_mode=native",
+                ],
+                ["reward.overlong_buffer", "rollout.max_response_tokens"],
+            ),
         ],
     )
     def test_both_keys_are_named(self, overrides, words):
@@ -221,6 +257,9 @@ class TestContradictions:
             ["reward.name=reasoning_gym", "actor.adv_norm.success_threshold=1"],
             ["reward.name=reasoning_gym", "actor.adv_norm.aggregation_mode=native"],
             ["reward.name=my.module:verifier"],
+            ["actor.adv_norm.aggregation_mode=my.module:estimate"],
+            ["actor.adv_norm.aggregation_mode=reinforce++_baseline", "actor.loss.kl_in=reward", "actor.loss.kl_coef=1"],
+            ["actor.loss.objective=gmpo", "actor.loss.clip_low=1.5"],
             ["reward.correct=1", "reward.wrong=-1"],
             ["actor.loss.old_logprobs=rollout"],
             ["actor.parallel.sequence=true", "actor.parallel.tensor=2"],

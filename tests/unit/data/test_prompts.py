@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from tiny_models import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mapo.config import DataConfig
+from megatron_mapo.config import CurriculumConfig, DataConfig
 from megatron_mapo.data.chat import PromptEncoder
 from megatron_mapo.data.prompts import PromptSet, PromptStream, load_prompts
 from megatron_mapo.errors import CheckpointError, DataError
@@ -299,3 +300,51 @@ class TestStream:
         state = PromptStream(prompts, 0, True).state_dict()
         with pytest.raises(CheckpointError, match=key):
             PromptStream(prompts, seed, shuffle).load_state_dict(state)
+
+    def test_mastered_and_hopeless_prompts_rest(self, prompts):
+        rest = CurriculumConfig(min_p=0.1, max_p=0.9, rest_epochs=2)
+
+        def epochs(stream: PromptStream) -> list[set[int]]:
+            return [{p.id for p in stream.next(n)} for n in (5, 5, 7)]
+
+        def measured() -> PromptStream:
+            stream = PromptStream(prompts, 3, True, rest)
+            stream.record([p.id for p in stream.next(7)], [0.5] * 7)
+            stream.record([2, 6, 4], [1.0, 0.0, 0.9])  # the bounds themselves do not rest
+            return stream
+
+        everything, without = set(range(7)), {0, 1, 3, 4, 5}
+        stream = measured()
+        assert stream.resting == 2
+        assert epochs(stream) == [without, without, everything]
+        assert stream.resting == 0
+        # noted in the middle of an epoch: that one goes on as it began, also when it is resumed
+        stream = PromptStream(prompts, 3, True, rest)
+        began = [p.id for p in PromptStream(prompts, 3, True).next(7)]
+        assert [p.id for p in stream.next(3)] == began[:3]
+        stream.record(began[:4], [1.0] * 4)
+        resumed = PromptStream(prompts, 3, True, rest)
+        resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        assert [p.id for p in stream.next(4)] == began[3:]
+        assert [p.id for p in resumed.next(4)] == began[3:]
+        assert [p.id for p in resumed.next(20)] == [p.id for p in stream.next(20)]
+
+    def test_when_all_rest_none_does(self, prompts):
+        stream = PromptStream(prompts, 3, True, CurriculumConfig(max_p=0.9))
+        stream.record(range(7), [1.0] * 7)
+        assert {p.id for p in stream.next(14)[7:]} == set(range(7))
+
+
+class TestDeduplicate:
+    ROWS: ClassVar = [{"question": q, "answer": a} for q, a in [("a b", 1), ("c", 2), ("a  b ", 1), ("d", 3), ("c", 2)]]
+
+    def test_repeated_questions_are_dropped(self, tmp_path, tokenizer):
+        source = write(tmp_path / "rows.jsonl", self.ROWS)
+        assert len(load(source, tokenizer)) == 5
+        assert [p.question for p in load(source, tokenizer, deduplicate=True)] == ["a b", "c", "d"]
+        assert len(load(source, tokenizer, limit=3, deduplicate=True)) == 3
+
+    def test_another_answer_to_the_same_question_is_an_error(self, tmp_path, tokenizer):
+        source = write(tmp_path / "rows.jsonl", [*self.ROWS, {"question": "c", "answer": 5}])
+        with pytest.raises(DataError, match=r"line 6.*line 2.*'5'.*'2'.*data\.deduplicate"):
+            load(source, tokenizer, deduplicate=True)
