@@ -8,24 +8,22 @@ this file, made on the first run from requirements-trl.txt. README.md says what 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import venv
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from environment import prepare
 from floor import Matrices, Work, faster, floors, measure_rates
 from machine import MemoryWatch, describe_machine, machine_lines, usable_cores
 from report import markdown_table, write_results
@@ -36,7 +34,6 @@ from megatron_mapo.quickstart import resolve_model_path
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
-TRL_VENV = HERE / ".venv-trl"
 TRL_REQUIREMENTS = HERE / "requirements-trl.txt"
 PROMPTS = REPOSITORY / "configs" / "addition_train.jsonl"
 CONFIG = HERE / "rl_step.yaml"
@@ -67,25 +64,6 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------- prepare
-
-
-def prepare_trl() -> Path:
-    """Python of TRL's environment; made or mended if requirements-trl.txt changed since the last time."""
-    python, stamp = TRL_VENV / "bin" / "python", TRL_VENV / ".stamp"
-    digest = hashlib.sha256(TRL_REQUIREMENTS.read_bytes()).hexdigest()
-    if python.exists() and stamp.is_file() and stamp.read_text() == digest:
-        return python
-    print(f"installing TRL into {TRL_VENV} (once)", flush=True)
-    if not python.exists():
-        venv.create(TRL_VENV, with_pip=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-    pin = re.search(r"^torch==\S+$", TRL_REQUIREMENTS.read_text(), re.MULTILINE)
-    assert pin is not None, f"{TRL_REQUIREMENTS} must pin torch"
-    subprocess.run([*pip, pin.group(), "-c", str(TRL_REQUIREMENTS)], check=True)
-    subprocess.run([*pip, "--no-deps", "-r", str(TRL_REQUIREMENTS)], check=True)
-    subprocess.run([str(python), "-m", "pip", "check"], check=True)
-    stamp.write_text(digest)
-    return python
 
 
 def write_prompts(folder: Path, count: int, seed: int) -> Path:
@@ -449,7 +427,7 @@ def _settings(arguments: argparse.Namespace, model: Path, folder: Path) -> Setti
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the sides that were asked for, one after the other, and put the result together."""
-    trl = prepare_trl() if arguments.only != "ours" else None
+    trl = prepare("trl", TRL_REQUIREMENTS) if arguments.only != "ours" else None
     model = resolve_model_path("quickstart:smollm2")
     machine = describe_machine()
     if machine["load_average"][0] > QUIET_LOAD:
