@@ -22,7 +22,7 @@ from megatron_mapo.rollout.client import RolloutClient, read_api_key
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
 from megatron_mapo.rollout.pool import ServerPool, read_urls_file
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
-from megatron_mapo.rollout.scoring import Scorer
+from megatron_mapo.rollout.scoring import PART, SUCCESS, Scorer
 from megatron_mapo.rollout.served import check_served
 from megatron_mapo.rollout.weight_sync import WeightSync
 
@@ -142,20 +142,26 @@ class RolloutSession:
         return tally.metrics(self.config.run.seed)
 
     def describe(self, batch: SequenceBatch, advantages: Tensor, count: int) -> list[dict[str, Any]]:
-        """Text, reward and advantage of the first ``count`` sequences of the last batch."""
-        n = self.config.rollout.responses_per_prompt
+        """Text, reward and advantage of the first ``count`` sequences of the last batch.
+
+        ``response`` is what the verifier saw; the components of a mixture and the success stand beside the reward.
+        """
+        n, shown = self.config.rollout.responses_per_prompt, range(min(count, len(batch)))
         starts, ends = (batch.offsets[:-1] + batch.prompt_lens).tolist(), batch.offsets[1:].tolist()
+        texts = self.scorer.texts([batch.tokens[starts[i] : ends[i]].tolist() for i in shown])
+        scored = [name for name in batch.extra if name == SUCCESS or name.startswith(PART)]
         return [
             {
                 "prompt": self._last_prompts[i // n].question,
                 "answer": self._last_prompts[i // n].answer,
-                "response": self.tokenizer.decode(batch.tokens[starts[i] : ends[i]]),
+                "response": texts[i],
                 "reward": float(batch.rewards[i]),
+                **{name: batch.extra[name][i].item() for name in scored},
                 "advantage": float(advantages[i]),
                 "group": int(batch.group_ids[i]),
                 "truncated": bool(batch.truncated[i]),
             }
-            for i in range(min(count, len(batch)))
+            for i in shown
         ]
 
     def await_servers(self) -> None:

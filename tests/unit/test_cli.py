@@ -69,6 +69,7 @@ class TestHelp:
             "eval",
             "inspect",
             "plot",
+            "reward-check",
             "doctor",
             "options",
         )
