@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def _judgement(body: bytes) -> bool | float:
     value = answer[name]
     if name == "correct" and isinstance(value, bool):
         return value
-    if name == "reward" and _is_number(value) and -math.inf < value < math.inf:
+    if name == "reward" and _is_number(value) and abs(value) <= sys.float_info.max:
         return float(value)
     wanted = "true or false" if name == "correct" else "a finite number"
     raise Refused(f'"{name}" in the service\'s answer must be {wanted}, not a {type(value).__name__}')

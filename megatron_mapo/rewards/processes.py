@@ -21,12 +21,14 @@ from typing import Any
 
 from megatron_mapo.config import RewardComponent, RewardConfig
 from megatron_mapo.errors import ConfigError, RewardError
-from megatron_mapo.rewards.worker import GRACE_SECONDS, read_message, write_message
+from megatron_mapo.rewards.worker import read_message, write_message
 
 _log = logging.getLogger(__name__)
 
 _STARTUP_SECONDS = 180.0
 """A worker must have imported its verifier by then; imports are slow on busy machines and network disks."""
+_LAG_SECONDS = 2.0
+"""So much later than its time limit an event loop may say that it was exceeded."""
 
 Reply = dict[str, Any]
 """What a worker answers (see ``worker``), or ``{"error": text, "kind": text}``; with ``broken`` if the worker must be
@@ -97,8 +99,8 @@ class Worker:
     def ask(self, what: str, arguments: tuple[Any, ...]) -> Reply:
         """The worker's reply to one request."""
         timeout = self.config.timeout
-        # A concurrent one keeps the limit itself; it is behind if its event loop stands still.
-        limit = timeout + GRACE_SECONDS if self.concurrent else timeout
+        # A concurrent one keeps the limit itself, unless its event loop stands still.
+        limit = timeout + _LAG_SECONDS if self.concurrent else timeout
         number, answer = next(self._numbers), Future[Reply]()
         self._waiting[number] = answer
         try:
@@ -252,11 +254,14 @@ class VerifierProcesses:
 
     def _start(self) -> Worker:
         with self._lock:
-            if self._closed:
-                raise RewardError("the reward pool was closed while responses were scored")
+            self._check_open()
             worker = Worker(self.component, self._section, self._config)
             self._workers.add(worker)
             return worker
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RewardError("the reward pool was closed while responses were scored")
 
     def _end(self, worker: Worker) -> None:
         with self._lock:
@@ -301,6 +306,7 @@ class VerifierProcesses:
         with seat.lock:
             if seat.worker is not broken:
                 return  # somebody else has done so
+            self._check_open()
             _log.warning("verifier %s %s: its process is replaced", self.component.title, reason)
             self._end(broken)
             fresh = self._start()
