@@ -175,7 +175,8 @@ def _row(where: str, record: Any, request: Request, config: Config) -> Row:
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: must be an object with columns, got a {type(record).__name__}")
     data = config.data
-    question_key = data.prompt_key if data.prompt_key in record else QUESTION_OF_SAMPLES
+    samples = data.prompt_key not in record and QUESTION_OF_SAMPLES in record
+    question_key = QUESTION_OF_SAMPLES if samples else data.prompt_key
     keys = {"data.prompt_key": question_key, "data.answer_key": data.answer_key, "the response": RESPONSE}
     if request.label_key is not None:
         keys["--label-key"] = request.label_key
