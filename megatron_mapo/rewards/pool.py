@@ -76,7 +76,8 @@ class RewardPool:
         try:
             for index, component in enumerate(config.components):
                 self._parts.append(VerifierProcesses(component, config.section_of(index), config))
-            for part in self._parts:
+                self._parts[-1].start()
+            for part in self._parts:  # all of them import at the same time
                 part.wait_ready()
         except BaseException:
             self.close()

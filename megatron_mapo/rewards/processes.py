@@ -149,8 +149,8 @@ class Worker:
                     waiting = self._waiting.pop(reply["number"], None)
                     if waiting is not None:
                         waiting.set_result(reply)
-        except OSError as error:
-            failure = error
+        except (OSError, ValueError, KeyError, TypeError) as error:  # code in a response may write to the socket, too
+            failure = error if isinstance(error, OSError) else EOFError(f"not a reply: {error!r:.80}")
         finally:
             for waiting in list(self._waiting.values()):
                 if not waiting.done():
@@ -197,7 +197,11 @@ class VerifierProcesses:
         self._solo: Worker | None = None
         self._idle: queue.SimpleQueue[_Seat] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
-        self._seats = [_Seat(self._start()) for _ in range(config.workers)]
+        self._seats: list[_Seat] = []
+
+    def start(self) -> None:
+        """Start the processes; ``wait_ready`` waits for them."""
+        self._seats += [_Seat(self._start()) for _ in range(self._config.workers)]
 
     def wait_ready(self) -> None:
         """Wait until all processes can work.

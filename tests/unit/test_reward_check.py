@@ -47,20 +47,10 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_verifiers_are_counted_and_compared(data: Path) -> None:
-    request = Request(data, ["math", "exact"], against="math_verify", label_key="label")
-    math, exact, library = reward_check(request)
-    assert [o.name for o in (math, exact, library)] == ["math", "exact", "math_verify"]
-    assert math.right == [True, False, False, True]
-    assert exact.right == [False] * 4
-    assert library.right == [True, True, False, True]
-    assert math.extracted == ["42", "≈42.0000000000", "41", "42"]
-
-
 def test_the_report_and_the_file(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     result = run(
-        *("reward-check", "--data", str(data), "--reward", "math", "--against", "math_verify"),
+        *("reward-check", "--data", str(data), "--reward", "math", "--reward", "exact", "--against", "math_verify"),
         *("--label-key", "label", "--output", str(out)),
     )
     assert result.returncode == 0, result.stderr
@@ -68,6 +58,8 @@ def test_the_report_and_the_file(data: Path, tmp_path: Path) -> None:
     assert "4 responses" in text
     assert "math 2 50.0% 0 50.0% 1 1 0 0 0" in text
     assert "math_verify 3 75.0% 0 75.0% 1 0 0 0 0" in text
+    assert "exact 0 0.0% 0 50.0% 0 2 0 0 0" in text
+    assert "exact differs from math_verify: 3 of 4" in text
     assert "math differs from the label: 2 of 4" in text
     assert "math differs from math_verify: 1 of 4" in text
     assert "line 2 6*7? 42 \\boxed{40+2} wrong: ≈42.0000000000 right: 2 + 40" in text
@@ -102,8 +94,8 @@ def test_failures_are_counted_and_shown_and_no_reason_to_fail(data: Path, tmp_pa
 def test_a_file_of_samples_of_a_run(tmp_path: Path) -> None:
     columns = {"step": 1, "answer": "42", "advantage": 0.5, "group": 0, "truncated": False}
     rows = [{"prompt": "6*7?", "response": r, "reward": v, **columns} for r, v in (("42", 1.0), ("41", 0.0))]
-    (outcome,) = reward_check(Request(write(tmp_path / "samples.jsonl", rows), label_key="reward"))
-    assert (outcome.name, outcome.right) == ("math", [True, False])
+    (outcome,) = reward_check(Request(write(tmp_path / "samples.jsonl", rows), ["exact"], label_key="reward"))
+    assert (outcome.name, outcome.right) == ("exact", [True, False])
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
@@ -114,7 +106,7 @@ def test_other_files(data: Path, suffix: str) -> None:
         path.write_text(json.dumps(table))
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
-    assert reward_check(Request(path, ["math"], limit=3))[0].right == [True, False, False]
+    assert reward_check(Request(path, ["gsm8k"], limit=3))[0].right == [True, False, False]
 
 
 def test_a_configuration_with_a_mixture_and_options(data: Path, tmp_path: Path) -> None:
@@ -122,7 +114,7 @@ def test_a_configuration_with_a_mixture_and_options(data: Path, tmp_path: Path) 
     (tmp_path / "run.yaml").write_text(
         "data: {prompt_key: question, train: nowhere.jsonl}\nmodel: {path: nowhere}\n"
         "reward:\n  success: strict\n  mixture:\n"
-        f"    - {{name: math, weight: 0.5}}\n    - {{name: '{name}', options: {{strict: true}}, label: strict}}\n"
+        f"    - {{name: gsm8k, weight: 0.5}}\n    - {{name: '{name}', options: {{strict: true}}, label: strict}}\n"
     )
     request = Request(data, config=str(tmp_path / "run.yaml"), against="exact")
     mixture, _ = reward_check(request)
@@ -137,7 +129,7 @@ def test_odd_responses_do_not_steer_the_terminal(tmp_path: Path) -> None:
     odd = ["\x1b[2J\x1b]0;owned\x07", "\ud800 \x00 [red]x[/red]", "a" * 100_000 + "end"]
     rows = [{**ROWS[0], "question": text, "response": text} for text in odd]
     data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
-    result = run("reward-check", "--data", str(data), "--label-key", "label", "--output", str(out))
+    result = run("reward-check", "--data", str(data), "--reward", "gsm8k", "--label-key", "label", "--output", str(out))
     assert result.returncode == 0, result.stderr
     assert not {"\x1b", "\x07", "\x00"} & set(result.stdout)
     assert "\\x1b[2J" in result.stdout
@@ -147,7 +139,7 @@ def test_odd_responses_do_not_steer_the_terminal(tmp_path: Path) -> None:
 
 
 def test_the_number_of_rows_shown(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reward_check(Request(data, ["exact"], against="math", show=1))
+    reward_check(Request(data, ["exact"], against="gsm8k", show=1))
     shown = capsys.readouterr().out
     assert "(1 more: --show N, or --output FILE for all)" in shown
     assert "line 1" in shown
@@ -186,7 +178,8 @@ def test_a_label_is_a_truth_value_or_a_reward(tmp_path: Path, label: object) -> 
 
 def test_wrong_requests(data: Path, tmp_path: Path) -> None:
     assert_fails(run("reward-check", "--data", "nowhere.jsonl"), DataError.exit_code, "--data: no such file")
-    assert_fails(run("reward-check", "--data", str(tmp_path / "mine.py")), DataError.exit_code, "endings .jsonl")
+    with pytest.raises(DataError, match=r"endings \.jsonl"):
+        reward_check(Request(tmp_path / "mine.py"))
     for request, words in (
         (Request(data, ["nothing"]), "reward.name='nothing' is unknown"),
         (Request(data, ["regex"]), "reward.options.pattern"),

@@ -164,7 +164,7 @@ def test_hostile_responses_are_wrong_and_cost_nothing_else(name):
     """Wrong, or a failure that counts as wrong; and the same processes judge on."""
     options = {"pattern": TAGGED, "flags": "s"} if name == "regex" else {}
     right = {"choice": "B", "format": GOOD, "regex": "<answer>B</answer>", "exact": "B"}.get(name, "\\boxed{B}")
-    config = RewardConfig(name=name, options=options, timeout=5.0, on_failure=OnFailure.wrong)
+    config = RewardConfig(name=name, options=options, timeout=3.0, on_failure=OnFailure.wrong)
     with RewardPool(config) as pool:
         responses = [r for hostile in HOSTILE.values() for r in (hostile, right)]
         n = len(responses)

@@ -77,4 +77,4 @@ def test_wrong_options_end_the_start_of_a_pool_and_name_the_component():
 
 @pytest.mark.parametrize("name", sorted(set(VERIFIERS) - {"regex", "http"}))
 def test_registered_verifiers_need_no_options(name):
-    get_verifier(name)
+    assert get_verifier(name).extracts is (name != "format")
