@@ -17,14 +17,18 @@ _ALONE = re.compile(rf"{_LETTER}[.:,!]?\s*", re.IGNORECASE)
 """Nothing but the letter."""
 _FIRST = re.compile(r"(?:(?:the\s+)?(?:letter|option|choice)\s+)?[$({\[]*(?P<letter>[A-Z])(?![A-Za-z0-9_'’])[$)}\]]*")
 """A capital letter, and then a reason or the option's text."""
-_SECOND = re.compile(
-    r"\s*(?:[,/;&+|-]|\b(?:or|and)\b)+\s*(?!not\b)(?:(?:or|and|maybe|perhaps|possibly|also|option|choice)\s+)*"
-    r"[$({\[]*[A-Z](?![A-Za-z0-9_'’])"
-)
-"""Behind it another letter: a choice is left open."""
+_NEXT = r"[$({\[]*(?:[A-Z](?![A-Za-z0-9_'’])(?!\s+[a-z])|[a-z](?=[)}\]]|[.,;]?$))"
+"""A letter that no word follows, as words do "A" and "I"."""
+_HEDGE = r"(?:(?:or|and|maybe|perhaps|possibly|also|option|choice)\s+){0,4}"
+_SECOND = re.compile(rf"[\s({{\[]*(?:[,/;&+|-]|\b(?:or|and)\b)*\s*(?!not\b){_HEDGE}{_NEXT}")
+"""Right behind it another letter: a choice is left open."""
+_LATER = re.compile(rf"\b(?:or|and)\s+{_HEDGE}{_NEXT}")
+"""Behind an option's text another letter: "A) Paris or B) Rome"."""
+_LONGEST = 1000
+"""Letters of a statement that are looked at: some of these patterns take quadratic time."""
 _WORDS = frozenset("AI")
 """Letters that are English words, too: "the answer is A dog", "Answer: I think it is B"."""
-_REASON = re.compile(r"\s+(?:because|since|as|for|given|due|which|that|where|is|by|from|in|on|with)\b")
+_REASON = re.compile(r"[\s,;:(-]+(?:because|since|as|for|given|due|which|that|where|is|by|from|in|on|with)\b")
 _OPTION = re.compile(r"[\s$*({\[]*(?P<letter>[A-Z])[)}\].:][\s*]*\S.*")
 """A line such as "B) Paris"."""
 _REFERENCE = re.compile(r"\s*[({\[]?(?P<letter>[A-Za-z])(?:[)}\].:].*|\s*)", re.DOTALL)
@@ -45,28 +49,30 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> bool:
 def extract(response: str) -> str | None:
     """The letter that the response states, as a capital; None if it states none or several."""
     statement = final_statement(response)
-    text = statement.text.strip()
     if statement.marked:
-        alone = _ALONE.fullmatch(text)
-        return alone["letter"].upper() if alone is not None else _letter_with_reason(text)
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return None
-    alone = _ALONE.fullmatch(lines[-1])
-    if alone is not None:
-        # One of several letters in a column is a list of options.
-        listed = len(lines) > 1 and _ALONE.fullmatch(lines[-2]) is not None
-        return None if listed else alone["letter"].upper()
-    only = _OPTION.fullmatch(lines[0]) if len(lines) == 1 else None
-    return _letter_with_reason(text.lstrip("* ")) if only is not None else None
+        return _lone_letter(statement.text) or _letter_with_reason(statement.text)
+    lines = [line for line in statement.text.splitlines() if line.strip()]
+    if len(lines) == 1 and _OPTION.fullmatch(lines[0]) is not None:
+        return _letter_with_reason(lines[0].lstrip("* "))
+    # One of several letters in a column is a list of options.
+    listed = len(lines) > 1 and _lone_letter(lines[-2]) is not None
+    return None if listed or not lines else _lone_letter(lines[-1])
+
+
+def _lone_letter(text: str) -> str | None:
+    alone = _ALONE.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+    return None if alone is None else alone["letter"].upper()
 
 
 def _letter_with_reason(text: str) -> str | None:
+    text = " ".join(text.split())[:_LONGEST]
     first = _FIRST.match(text)
     if first is None:
         return None
     letter, rest = first["letter"], text[first.end() :]
+    reason = _REASON.match(rest) is not None
     bare = text[: first.end()].endswith(letter)
-    if bare and letter in _WORDS and re.match(r"\s+[a-z]", rest) and not _REASON.match(rest):
+    if bare and letter in _WORDS and re.match(r"\s+[a-z]", rest) and not reason:
         return None
-    return None if _SECOND.match(rest) else letter
+    open_choice = _SECOND.match(rest) or (not reason and _LATER.search(rest))
+    return None if open_choice else letter

@@ -149,6 +149,9 @@ HOSTILE = {
     "a megabyte of tags": "<think>" * 150_000,
     "a megabyte of markers": "the answer is (" * 70_000,
     "a megabyte of boxes": "\\boxed{" * 150_000,
+    "a megabyte of brackets": "Answer: " + "(" * (1 << 20) + "B",
+    "a letter and a megabyte of doubts": "The answer is C" + " or" * 350_000,
+    "a letter and a megabyte of white space": "The answer is" + " " * (1 << 20) + "B or C",
     "a megabyte of white space": " \n" * (1 << 19),
     "a megabyte of digits": "1," * (1 << 19),
     "NUL bytes": "\x00" * 1000 + "<answer>\x00</answer>",
@@ -166,6 +169,9 @@ def test_hostile_responses_are_wrong_and_cost_nothing_else(name):
     right = {"choice": "B", "format": GOOD, "regex": "<answer>B</answer>", "exact": "B"}.get(name, "\\boxed{B}")
     config = RewardConfig(name=name, options=options, timeout=3.0, on_failure=OnFailure.wrong)
     with RewardPool(config) as pool:
-        responses = [r for hostile in HOSTILE.values() for r in (hostile, right)]
+        # The library takes seconds for most of them: one long text is enough.
+        few = {key: text for key, text in HOSTILE.items() if len(text) < 10_000 or key == "a megabyte of boxes"}
+        hostile = few if name == "math_verify" else HOSTILE
+        responses = [r for text in hostile.values() for r in (text, right)]
         n = len(responses)
-        assert asyncio.run(pool.score(responses, ["B"] * n, [{}] * n)) == [0.0, 1.0] * len(HOSTILE)
+        assert asyncio.run(pool.score(responses, ["B"] * n, [{}] * n)) == [0.0, 1.0] * len(hostile)
