@@ -92,9 +92,7 @@ CASES = {
         LossConfig(objective=Objective.gmpo, aggregation=SEQUENCE, clip_low=0.2, clip_high=0.3), None, "geo_mean"
     ),
     # 1.0625 is exact in float32, to which TRL rounds it; with 1.05 the gradients are 2e-5 apart.
-    "SAPO": Case(
-        LossConfig(objective=Objective.sapo, aggregation=SEQUENCE, sapo_temperature_negative=1.0625), "sapo", "sapo"
-    ),
+    "SAPO": Case(LossConfig(objective=Objective.sapo, aggregation=SEQUENCE, sapo_tau_negative=1.0625), "sapo", "sapo"),
 }
 
 
@@ -258,7 +256,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
             "- verl's `gpg` scales by responses over responses with a reward other than 0; the paper's eq. 7, and",
             "  ours, by groups over groups whose rewards are not all equal.",
-            "- verl's `grpo_passk` is another method (arXiv 2503.19595: only a group's best response has an advantage).",
+            "- verl's `grpo_passk` is another method (arXiv 2503.19595: only the best response counts).",
             "- verl's `reinforce_plus_plus*` whiten over tokens, so that long responses weigh more in the batch's mean",
             "  and deviation; ours do over responses. With responses of one token they are the same.",
             "- verl gives a group of one the advantage of its bare reward (`grpo`, `gpg`); ours is 0.",

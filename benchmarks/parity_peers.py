@@ -64,8 +64,8 @@ def verl_loss(case: dict[str, Any], x: dict[str, Tensor], logprobs: Tensor) -> T
         clip_ratio_low=c["clip_low"],
         clip_ratio_high=c["clip_high"],
         clip_ratio_c=c["dual_clip"] or 1e9,
-        tau_pos=c["sapo_temperature"],
-        tau_neg=c["sapo_temperature_negative"],
+        tau_pos=c["sapo_tau"],
+        tau_neg=c["sapo_tau_negative"],
         policy_loss=PolicyLossConfig(loss_mode=case["verl"]),
     )
     weights = (x["old"] - x["rollout"]).exp().clamp(max=c["weight_max"]) if c["weight_max"] else None
@@ -98,8 +98,8 @@ def trl_loss(case: dict[str, Any], x: dict[str, Tensor], logprobs: Tensor) -> Te
     args = types.SimpleNamespace(
         use_bias_correction_kl=c["kl_estimator"] == "k3_unbiased",
         delta=None,
-        sapo_temperature_pos=c["sapo_temperature"],
-        sapo_temperature_neg=c["sapo_temperature_negative"],
+        sapo_temperature_pos=c["sapo_tau"],
+        sapo_temperature_neg=c["sapo_tau_negative"],
         steps_per_generation=1,
     )
     trainer = types.SimpleNamespace(

@@ -122,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--nproc", type=_positive, metavar="N", help="trainer processes (default: one a GPU)")
 
+    _reward_check_parser(commands)
+
     options = _command(commands, "options", "list all options of a configuration", _options)
     options.add_argument("section", nargs="?", help="only this section, such as actor or actor.optim")
     return parser
@@ -181,6 +183,26 @@ def _eval_parser(commands: Any) -> None:
     add("--overwrite", action="store_true", help="drop samples of other settings in that folder")
 
 
+def _reward_check_parser(commands: Any) -> None:
+    parser = _run_parser(
+        commands, "reward-check", "run verifiers over a file of responses and compare them", _reward_check
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="rows with question, answer, response; or samples.jsonl",
+    )
+    add("--reward", action="append", default=[], dest="rewards", metavar="NAME", help="verifier; may be repeated")
+    add("--against", metavar="NAME", help="verifier that the others are compared with")
+    add("--label-key", metavar="COLUMN", help="column that says what is right: true, false, or a reward")
+    add("--output", type=Path, metavar="FILE.jsonl", help="write all rows with all verdicts")
+    add("--limit", type=_positive, metavar="N", help="only the first N rows")
+    add("--show", type=_count, default=10, metavar="N", help="print at most N differing rows (default: 10)")
+
+
 def _dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; start nothing")
 
@@ -189,6 +211,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
     return value
 
 
@@ -427,6 +456,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
             return int(not show(examine(config, arguments.nproc, needs=not open_keys, quick=arguments.quick)))
     except Stopped as stopped:
         return stopped.exit_code
+
+
+def _reward_check(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.reward_check import Request, reward_check
+
+    reward_check(Request(**{key: value for key, value in vars(arguments).items() if key != "run"}))
+    return 0
 
 
 def _options(arguments: argparse.Namespace) -> int:

@@ -203,9 +203,9 @@ class LossConfig:
     """Upper clip: the ratio's ceiling is `1 + clip_high`."""
     dual_clip: float | None = None
     """With a negative advantage the loss of a token is at most this times |advantage| (`ppo` only); unset: no bound."""
-    sapo_temperature: float = 1.0
+    sapo_tau: float = 1.0
     """Sharpness of the gate of `sapo` for positive advantages."""
-    sapo_temperature_negative: float = 1.05
+    sapo_tau_negative: float = 1.05
     """The same for negative ones; sharper, so that they die out sooner."""
     aggregation: LossAggregation = LossAggregation.token
     """Weight of a token: `token` 1/all response tokens, `sequence` 1/(N*len), `constant` 1/(N*max_response_tokens)."""
@@ -423,15 +423,46 @@ class RolloutConfig:
 
 
 @dataclass
+class RewardComponent:
+    """One verifier of a mixture (an element of `reward.mixture`)."""
+
+    name: str = "???"
+    """Verifier, as `reward.name`."""
+    weight: float = 1.0
+    """Its share of the reward is `weight` times what it gives; 0: only reported."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Its options, as `reward.options`."""
+    label: str = ""
+    """What metrics and `reward.success` call it; empty: its name, of an import path the function's."""
+
+    @property
+    def title(self) -> str:
+        """``label``, or what stands for it."""
+        return self.label or self.name.rpartition(":")[2]
+
+
+@dataclass
 class RewardConfig:
-    """The verifier."""
+    """The verifier, or a mixture of several."""
 
     name: str = "math"
-    """Registered verifier (`math`, `gsm8k`, `exact`, `reasoning_gym`) or an import path `package.module:function`."""
+    """`math`, `gsm8k`, `exact`, `choice`, `regex`, `format`, `math_verify`, `http`, `reasoning_gym`, or an import path
+    `package.module:function`, `path/to/file.py:function`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of that verifier: further keyword arguments of its function."""
+    mixture: list[RewardComponent] = field(default_factory=list)
+    """Several verifiers, whose weighted sum is the reward: a list of `{name, weight, options, label}` that replaces
+    `name` and `options`. A later file or override replaces the whole list."""
+    success: str | None = None
+    """The component of `mixture` (its label) that says which responses are successes."""
+    success_score: float | None = None
+    """Lowest score of that component that is a success; unset: `correct`."""
     timeout: float = 10.0
     """Seconds for one response; it runs in another process that is ended when it takes longer."""
     workers: int = 1
-    """Verifier processes."""
+    """Verifier processes; with a mixture, of each component."""
+    concurrency: int = 16
+    """Responses that one process of an `async` verifier works on at a time."""
     memory_mb: int = 2048
     """Most MiB of address space one verifier process may take; 0: no limit."""
     on_failure: OnFailure = OnFailure.error
@@ -444,6 +475,20 @@ class RewardConfig:
     """Subtracted from truncated responses. Must be 0 with `actor.adv_norm.aggregation_mode=mix`."""
     overlong_buffer: int = 0
     """Tokens before `rollout.max_response_tokens` over which the penalty grows from 0 (DAPO's soft punishment)."""
+
+    @property
+    def components(self) -> list[RewardComponent]:
+        """The verifiers: those of the mixture, else the one of `name`."""
+        return self.mixture or [RewardComponent(self.name, 1.0, self.options)]
+
+    @property
+    def main(self) -> RewardComponent:
+        """The verifier that says what a success is: that of ``success``, else the first."""
+        return next((c for c in self.components if c.title == self.success), self.components[0])
+
+    def section_of(self, index: int) -> str:
+        """Where name and options of component ``index`` stand, for messages."""
+        return f"reward.mixture[{index}]" if self.mixture else "reward"
 
 
 @dataclass
@@ -580,6 +625,12 @@ class Config:
         """Folder of this run."""
         return Path(self.run.output_dir) / self.run.name
 
+    @property
+    def right_from(self) -> float:
+        """Smallest reward that counts as right, where ``reward.success`` is not set."""
+        threshold = self.actor.adv_norm.success_threshold
+        return self.reward.correct if threshold is None else threshold
+
 
 # --------------------------------------------------------------------------- reading a configuration
 
@@ -680,12 +731,40 @@ def _check_keys(tree: Mapping[Any, Any], section: type, prefix: str, origin: str
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise ConfigError(f"{origin}: unknown key {key}{_suggestion(key)}")
+            hint = f" (its keys: {', '.join(hints)})" if prefix.endswith("].") else _suggestion(key)
+            raise ConfigError(f"{origin}: unknown key {key}{hint}")
+        if typing.get_origin(hints[name]) is list:
+            _check_list(value, hints[name], key, origin)
         if not dataclasses.is_dataclass(hints[name]):
             continue
         if not isinstance(value, Mapping):
             raise ConfigError(f"{origin}: {key} is a section, its value must be a mapping of keys, got {value!r}")
         _check_keys(value, typing.cast(type, hints[name]), f"{key}.", origin)
+
+
+def _check_list(value: Any, hint: Any, key: str, origin: str) -> None:
+    """Refuse what is no list, and elements of a list of sections that are not such sections."""
+    if isinstance(value, Mapping):  # omegaconf's merge fails on it without naming the key
+        raise ConfigError(f"{origin}: {key} must be a list (allowed: {_type_text(hint)}), got {value!r}")
+    (element,) = typing.get_args(hint)
+    if not dataclasses.is_dataclass(element) or not isinstance(value, Sequence) or isinstance(value, str):
+        return
+    for number, item in enumerate(value):
+        where = f"{key}[{number}]"
+        if not isinstance(item, Mapping):
+            raise ConfigError(f"{origin}: {where} must be a mapping {_keys_text(element)}, got {item!r}")
+        _check_keys(item, typing.cast(type, element), f"{where}.", origin)
+        try:
+            OmegaConf.merge(OmegaConf.structured(element), item)
+        except OmegaConfBaseException as error:  # inside a list it would not name the element
+            name = str(getattr(error, "full_key", None) or "")
+            raise ConfigError(
+                f"{origin}: {where}.{name} cannot be {_lookup(item, name)!r}: {_first_line(error)}"
+            ) from error
+
+
+def _keys_text(section: Any) -> str:
+    return f"{{{', '.join(item.name for item in dataclasses.fields(section))}}}"
 
 
 def _suggestion(key: str) -> str:
@@ -726,7 +805,7 @@ def _check_mandatory(merged: Any) -> None:
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         docs = {option.key: option.doc for option in describe_options()}
-        lines = "; ".join(f"{key}: {docs.get(key, '')}" for key in missing)
+        lines = "; ".join(f"{key}: {docs[key]}" if key in docs else key for key in missing)
         raise ConfigError(f"missing mandatory key{'s' if len(missing) > 1 else ''} {lines}")
 
 
@@ -756,7 +835,7 @@ _RANGES: tuple[_Check, ...] = (
         "rollout.server.count rollout.server.tensor rollout.server.max_total_tokens "
         "rollout.server.max_running_requests rollout.sync.bucket_mb "
         "rollout.filter.oversample data.curriculum.rest_epochs "
-        "reward.workers data.eval_limit trainer.steps trainer.max_skipped trainer.keep_checkpoints "
+        "reward.workers reward.concurrency data.eval_limit trainer.steps trainer.max_skipped trainer.keep_checkpoints "
         "run.resume_step",
     ),
     (
@@ -785,12 +864,11 @@ _RANGES: tuple[_Check, ...] = (
         lambda v: 0 < v < math.inf,
         "actor.optim.lr actor.optim.clip_grad actor.lora.alpha rollout.temperature rollout.timeout "
         "rollout.probe_timeout rollout.wait_timeout rollout.server.hang_timeout "
-        "actor.loss.sapo_temperature actor.loss.sapo_temperature_negative actor.correction.weight_max "
+        "actor.loss.sapo_tau actor.loss.sapo_tau_negative actor.correction.weight_max "
         "actor.correction.mask_high actor.correction.reject_high "
         "rollout.server.startup_timeout rollout.sync.timeout reward.timeout trainer.hang_timeout "
         "trainer.collective_timeout",
     ),
-    ("finite", math.isfinite, "actor.adv_norm.success_threshold reward.correct reward.wrong"),
     ("greater than 1 and finite", lambda v: 1 < v < math.inf, "trainer.straggler_ratio actor.loss.dual_clip"),
     (
         "from 0 to 1",
@@ -798,6 +876,7 @@ _RANGES: tuple[_Check, ...] = (
         "rollout.filter.min_p rollout.filter.max_p rollout.filter.max_truncated data.curriculum.min_p "
         "data.curriculum.max_p",
     ),
+    ("finite", math.isfinite, "actor.adv_norm.success_threshold reward.correct reward.wrong reward.success_score"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "actor.optim.beta1 actor.optim.beta2"),
     ("greater than 0 and at most 1", lambda v: 0 < v <= 1, "rollout.server.mem_fraction"),
     ("from 0 to 65535", lambda v: 0 <= v <= 65535, "rollout.server.port"),
@@ -833,6 +912,7 @@ def validate(config: Config) -> None:
             value = get_option(config, key)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key} must be {text}, got {value!r}")
+    _validate_mixture(config)
     _validate_advantages(config)
     _validate_loss(config)
     _validate_actor(config)
@@ -857,13 +937,61 @@ def _require(holds: bool, message: str) -> None:
 
 # Registered verifiers whose score is right or wrong, nothing between. A verifier given by an import path is
 # checked at run time, where its rewards are seen.
-BINARY_VERIFIERS = frozenset({"math", "gsm8k", "exact"})
+BINARY_VERIFIERS = frozenset({"math", "gsm8k", "exact", "choice", "regex", "format", "math_verify"})
 PARTIAL_VERIFIERS = frozenset({"reasoning_gym"})
+
+
+def _validate_mixture(config: Config) -> None:
+    """Labels and weights; and MAPO must be told what a success is, a sum of components does not."""
+    reward, adv = config.reward, config.actor.adv_norm
+    if not reward.mixture:
+        alone = reward.success is None and reward.success_score is None
+        _require(alone, "reward.success and reward.success_score are only for a reward.mixture, and there is none")
+        return
+    titles = [component.title for component in reward.mixture]
+    for number, component in enumerate(reward.mixture):
+        where = reward.section_of(number)
+        _require(component.name.strip() != "", f"{where}.name must be not empty")
+        _require(math.isfinite(component.weight), f"{where}.weight must be finite, got {component.weight}")
+        _require(
+            re.fullmatch(r"[A-Za-z0-9_.-]+", component.title) is not None,
+            f"{where}.label must be letters, digits, `.`, `_`, `-`, got {component.title!r}",
+        )
+        _require(
+            titles.count(component.title) == 1,
+            f"{where}: two components are called {component.title!r}: give one of them another `label`",
+        )
+    _require(any(c.weight != 0 for c in reward.mixture), "reward.mixture: at least one weight must not be 0")
+    _require(not reward.options, "reward.options is set beside reward.mixture: options belong to its components")
+    _require(
+        reward.success is None or reward.success in titles,
+        f"reward.success must be a component of reward.mixture ({', '.join(titles)}), got {reward.success!r}",
+    )
+    _require(
+        reward.success is not None or reward.success_score is None, "reward.success_score is set without reward.success"
+    )
+    _require(
+        reward.success is None or adv.success_threshold is None,
+        f"reward.success={reward.success} and actor.adv_norm.success_threshold both say what a success is: unset one",
+    )
+    mode = adv.aggregation_mode
+    if mode in RIGHT_OR_WRONG_MODES:
+        _require(
+            reward.success is not None or adv.success_threshold is not None,
+            f"actor.adv_norm.aggregation_mode={mode} needs to know which responses of a reward.mixture are successes: "
+            f"set reward.success to one of {', '.join(titles)}, or actor.adv_norm.success_threshold",
+        )
+        _require(
+            reward.wrong >= 0,
+            f"reward.wrong must be 0 or more with reward.mixture and actor.adv_norm.aggregation_mode={mode}, which "
+            f"divide by a group's mean reward; got {reward.wrong}",
+        )
 
 
 def _validate_advantages(config: Config) -> None:
     """MAPO's mixed advantage is defined for right/wrong rewards (arXiv 2509.18849, eq. 6)."""
     reward, adv = config.reward, config.actor.adv_norm
+    single = "" if reward.mixture else reward.name
     _require(
         adv.aggregation_mode in ADVANTAGE_MODES or ":" in adv.aggregation_mode,
         f"actor.adv_norm.aggregation_mode cannot be {adv.aggregation_mode!r} (allowed: {' | '.join(ADVANTAGE_MODES)}, "
@@ -879,7 +1007,7 @@ def _validate_advantages(config: Config) -> None:
         f"reward.correct must be greater than reward.wrong, got {reward.correct} and {reward.wrong}",
     )
     threshold = adv.success_threshold
-    if threshold is not None and reward.name in BINARY_VERIFIERS | PARTIAL_VERIFIERS:
+    if threshold is not None and single in BINARY_VERIFIERS | PARTIAL_VERIFIERS:
         _require(
             reward.wrong < threshold <= reward.correct,
             f"actor.adv_norm.success_threshold must lie above reward.wrong ({reward.wrong}) and not above "
@@ -893,8 +1021,8 @@ def _validate_advantages(config: Config) -> None:
         "MAPO needs rewards that are right or wrong; choose aggregation_mode=native, or drop the penalty",
     )
     _require(
-        reward.name not in PARTIAL_VERIFIERS or threshold is not None,
-        f"reward.name={reward.name} gives partial scores, and actor.adv_norm.aggregation_mode=mix needs right or "
+        single not in PARTIAL_VERIFIERS or threshold is not None,
+        f"reward.name={single} gives partial scores, and actor.adv_norm.aggregation_mode=mix needs right or "
         f"wrong: set actor.adv_norm.success_threshold (for example {reward.correct})",
     )
     _require(
@@ -1062,6 +1190,22 @@ def _validate_checkpoints(config: Config) -> None:
     )
 
 
+def single_verifier(reward: RewardConfig, name: str, overrides: Sequence[str]) -> RewardConfig:
+    """``reward`` with one verifier in place of what it has.
+
+    Args:
+        reward: a section.
+        name: a verifier, or the label of a component of ``reward.mixture``. One that ``reward`` has keeps its options.
+        overrides: of the command line; ``reward.options`` among them are meant for this verifier.
+    """
+    own = next((c for c in reward.components if name in (c.name, c.title)), None)
+    given = reward.options if any(text.startswith("reward.options") for text in overrides) else {}
+    component = own or RewardComponent(name, options=given)
+    return dataclasses.replace(
+        reward, name=component.name, options=component.options, mixture=[], success=None, success_score=None
+    )
+
+
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Data-parallel size that remains of ``world_size`` ranks.
 
@@ -1162,6 +1306,8 @@ def _type_text(hint: Any) -> str:
         return " | ".join(member.value for member in hint)
     if isinstance(hint, type) and typing.get_origin(hint) is None:
         return hint.__name__
+    if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        return f"list of {_keys_text(typing.get_args(hint)[0])}"
     return str(hint).replace("typing.", "").replace("None", "null")
 
 

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_mapo import __version__
-from megatron_mapo.config import DATA_SUFFIXES, Config, load_config
+from megatron_mapo.config import DATA_SUFFIXES, Config, RewardComponent, load_config, single_verifier
 from megatron_mapo.data.prompts import PromptSet, load_prompts
 from megatron_mapo.errors import CheckpointError, ConfigError
 from megatron_mapo.hardware import settle_dtype
@@ -169,7 +169,6 @@ def evaluation_config(request: Request) -> Config:
         "data.eval_limit": request.limit,
         "rollout.temperature": request.temperature,
         "rollout.max_response_tokens": request.max_tokens,
-        "reward.name": request.reward,
         "run.seed": request.seed,
         "rollout.urls": list(request.urls) or None,
         "trainer.evaluation.samples": request.samples,
@@ -180,6 +179,8 @@ def evaluation_config(request: Request) -> Config:
     own_server = () if request.urls else _OWN_SERVER
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     config = load_config(file, [*without_file, *own_server, *request.overrides, *given, *_NO_TRAINER])
+    if request.reward is not None:
+        config.reward = single_verifier(config.reward, request.reward, request.overrides)
     if request.step is not None and (run_dir is None or config.rollout.urls):
         raise ConfigError("--step chooses a checkpoint of a run: --model must be a run's folder, and no --url be given")
     if config.data.eval is None:
@@ -255,7 +256,7 @@ def _load_prompts(config: Config, source: Path) -> tuple[PromptSet, Any]:
 
 def _settings(request: Request, config: Config, subject: Subject, prompts: PromptSet) -> dict[str, Any]:
     """All that the samples depend on; samples of other settings must not be mixed with them."""
-    data, verifier = config.data, Path(config.reward.name.rpartition(":")[0])
+    data, reward = config.data, config.reward
     return {
         "model": subject.identity | {"dtype": config.model.dtype.value},
         "data": {
@@ -272,12 +273,23 @@ def _settings(request: Request, config: Config, subject: Subject, prompts: Promp
         "max_response_tokens": config.rollout.max_response_tokens,
         "seed": config.run.seed,
         "reward": {
-            "name": config.reward.name,
-            "correct": config.reward.correct,
-            "wrong": config.reward.wrong,
+            "verifiers": {component.title: _verifier_settings(component) for component in reward.components},
+            "success": reward.success,
+            "success_score": reward.success_score,
+            "correct": reward.correct,
+            "wrong": reward.wrong,
             "right_from": right_from(config),
-            "file": hashlib.sha256(verifier.read_bytes()).hexdigest() if verifier.is_file() else None,
         },
+    }
+
+
+def _verifier_settings(component: RewardComponent) -> dict[str, Any]:
+    file = Path(component.name.rpartition(":")[0])
+    return {
+        "name": component.name,
+        "weight": component.weight,
+        "options": component.options,
+        "file": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
     }
 
 
@@ -453,7 +465,7 @@ def _report(out: Path, subject: Subject, settings: dict[str, Any], tally: Tally,
     """Write ``results.json`` and ``results.png``, and print the table."""
     metrics = tally.metrics(config.run.seed)
     majority = f"maj_at_{tally.samples}"
-    missing = f"the module of reward.name={config.reward.name} has no function `extract(response)`"
+    missing = f"the module of {config.reward.main.name} has no function `extract(response)`"
     results = {
         "model": subject.label,
         "metrics": metrics,

@@ -104,7 +104,7 @@ def model_card(config: Config, step: int) -> str:
         "rewards with megatron-mapo.\n\n"
         "| | |\n|---|---|\n"
         f"| advantages (`actor.adv_norm.aggregation_mode`) | {actor.adv_norm.aggregation_mode} |\n"
-        f"| verifier | {config.reward.name} |\n"
+        f"| verifier | {', '.join(component.name for component in config.reward.components)} |\n"
         f"| prompts x responses a step | {config.rollout.prompts_per_step} x {config.rollout.responses_per_prompt} |\n"
         f"| learning rate | {actor.optim.lr:g} |\n"
         f"| KL coefficient | {actor.loss.kl_coef:g} |\n"

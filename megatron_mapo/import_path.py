@@ -19,34 +19,26 @@ def is_import_path(text: str) -> bool:
     return bool(module and colon and function)
 
 
-def import_function(path: str, key: str) -> Callable[..., Any]:
-    """The function at ``package.module:function`` or ``path/to/file.py:function``.
+def import_function(path: str, setting: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """The function at ``package.module:function`` or ``path/to/file.py:function``, and its module.
 
     Args:
         path: where it is.
-        key: the configuration key that names it, for messages.
+        setting: ``key=value`` that asks for it, for messages.
 
     Raises:
         ConfigError: it cannot be imported, or is not a function.
     """
     module_name, _, function_name = path.rpartition(":")
-    function = getattr(import_module(module_name, f"{key}={path!r}"), function_name, None)
+    module = _import_module(module_name, setting)
+    function = getattr(module, function_name, None)
     if not callable(function):
         what = "has no function" if function is None else "is not a function:"
-        raise ConfigError(f"{key}={path!r}: {module_name} {what} {function_name}")
-    return function
+        raise ConfigError(f"{setting}: {module_name} {what} {function_name}")
+    return module, function
 
 
-def import_module(name: str, setting: str) -> ModuleType:
-    """The module ``package.module`` or ``path/to/file.py``.
-
-    Args:
-        name: which one.
-        setting: ``key=value`` that asks for it, for messages.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
+def _import_module(name: str, setting: str) -> ModuleType:
     try:
         return _load_file(Path(name), setting) if name.endswith(".py") else importlib.import_module(name)
     except (ConfigError, MemoryError):

@@ -29,7 +29,7 @@ from megatron_mapo.algorithms.metrics import correction_metrics, mismatch_metric
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, KLPlacement, OldLogprobs, Resume, load_config, to_yaml
-from megatron_mapo.data.sequences import SequenceBatch, ragged_indices
+from megatron_mapo.data.sequences import SUCCESS, SequenceBatch, ragged_indices
 from megatron_mapo.errors import (
     CheckpointError,
     ConfigError,
@@ -233,7 +233,7 @@ class Trainer:
             batch = self.on_servers(lambda: self._main_rollout.sample(self.step))
         columns, before = self.score(batch, clock)
         advantages = estimate_advantages(
-            self._rewards(batch, columns), batch.group_ids, self.config.actor.adv_norm, batch.extra.get("success")
+            self._rewards(batch, columns), batch.group_ids, self.config.actor.adv_norm, batch.extra.get(SUCCESS)
         )
         metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns["advantages"] = advantages[batch.response_sequence]

@@ -230,7 +230,7 @@ def get_estimator(mode: str) -> Estimator:
             f"{_MODE_KEY}={mode!r} is unknown: it is one of {', '.join(ESTIMATORS)}, or an import path "
             "`package.module:function` or `path/to/file.py:function`"
         )
-    return import_function(mode, _MODE_KEY)
+    return import_function(mode, f"{_MODE_KEY}={mode!r}")[1]
 
 
 def group_statistics(

@@ -13,7 +13,7 @@ from megatron_mapo.algorithms.kl import MAX_LOG_RATIO, kl_penalty
 from megatron_mapo.algorithms.objectives import TokenTerms, clipped_tokens
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.config import AdvNormConfig, CorrectionConfig, KLEstimator, LossConfig
-from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.data.sequences import REWARD_PART, SUCCESS, SequenceBatch
 
 HISTOGRAM_BINS = 9
 """Equal bins over [0, 1], the last one closed. With groups of 8 each possible success rate k/8 has its own bin."""
@@ -32,7 +32,7 @@ def rollout_metrics(
 
     Returns:
         * ``reward/``: ``mean``, ``std`` (population), ``min``, ``max`` over sequences; ``accuracy``, the mean over
-          groups of the success rate p.
+          groups of the success rate p; ``reward/LABEL/mean`` of every verifier of a mixture.
         * ``group/``: ``count``; ``zero_advantage``, share of groups that give no gradient; ``p_hist_00`` ...
           ``p_hist_08`` and ``lambda_hist_00`` ..., share of groups in each of ``HISTOGRAM_BINS`` bins of p and λ.
         * ``advantage/``: ``abs_mean``, ``min``, ``max``.
@@ -44,7 +44,7 @@ def rollout_metrics(
     Raises:
         DataError: the batch is empty.
     """
-    groups = group_statistics(batch.rewards, batch.group_ids, adv_config, batch.extra.get("success"))
+    groups = group_statistics(batch.rewards, batch.group_ids, adv_config, batch.extra.get(SUCCESS))
     index = torch.searchsorted(groups.ids, batch.group_ids)
     active = torch.zeros(len(groups.ids), dtype=torch.bool).index_fill_(0, index[advantages != 0], True)
     rewards, lengths = batch.rewards.double(), batch.response_lens.double()
@@ -55,6 +55,7 @@ def rollout_metrics(
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
         "reward/accuracy": _mean(groups.p),
+        **{f"{name}/mean": _mean(part) for name, part in batch.extra.items() if name.startswith(REWARD_PART)},
         "group/count": float(len(groups.ids)),
         "group/zero_advantage": 1 - _mean(active),
         **_histogram("group/p_hist", groups.p),

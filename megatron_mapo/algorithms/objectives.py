@@ -118,8 +118,8 @@ def _gmpo(terms: TokenTerms, config: LossConfig) -> Tensor:
 def _sapo(terms: TokenTerms, config: LossConfig) -> Tensor:
     """σ(τ(ρ − 1)) · 4/τ · A with τ by the advantage's sign: SAPO, arXiv 2511.20347, eqs. 5 and 6. A soft gate in the
     place of the bounds; at ρ = 1 its slope is that of the plain surrogate."""
-    tau = torch.full_like(terms.advantages, config.sapo_temperature_negative)
-    tau = tau.masked_fill(terms.advantages > 0, config.sapo_temperature)
+    tau = torch.full_like(terms.advantages, config.sapo_tau_negative)
+    tau = tau.masked_fill(terms.advantages > 0, config.sapo_tau)
     return torch.sigmoid(tau * (_ratio(terms.log_ratio) - 1)) * (4 / tau) * terms.advantages
 
 

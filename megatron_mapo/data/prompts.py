@@ -156,18 +156,26 @@ def _read(source: str, split: str, data_config: DataConfig, key: str) -> list[_R
     if source.startswith(REASONING_GYM):
         return _read_reasoning_gym(source.removeprefix(REASONING_GYM), split, data_config, key)
     path = Path(source)
-    if path.suffix in DATA_SUFFIXES:
-        if not path.is_file():
-            raise DataError(f"{key}: no such file: {source}")
-        readers: dict[str, Callable[[Path], Iterable[tuple[str, Any]]]] = {
-            ".jsonl": _jsonl_records,
-            ".json": _json_records,
-            ".parquet": _parquet_records,
-        }
-        records = readers[path.suffix](path)
-    else:
-        records = _dataset_records(source, split, key)
+    records = read_records(path, key) if path.suffix in DATA_SUFFIXES else _dataset_records(source, split, key)
     return [_checked_row(where, record, data_config) for where, record in records]
+
+
+def read_records(path: Path, key: str) -> Iterable[tuple[str, Any]]:
+    """Records of a ``.jsonl``, ``.json`` or ``.parquet`` file, each with where it stands, for messages.
+
+    Raises:
+        DataError: it does not exist, has another ending, or cannot be read. ``key`` is what named it.
+    """
+    readers: dict[str, Callable[[Path], Iterable[tuple[str, Any]]]] = {
+        ".jsonl": _jsonl_records,
+        ".json": _json_records,
+        ".parquet": _parquet_records,
+    }
+    if not path.is_file():
+        raise DataError(f"{key}: no such file: {path}")
+    if path.suffix not in readers:
+        raise DataError(f"{key}: {path} needs one of the endings {', '.join(readers)}")
+    return readers[path.suffix](path)
 
 
 def _jsonl_records(path: Path) -> Iterable[tuple[str, Any]]:

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from megatron_mapo.errors import DataError
 
+SUCCESS = "success"
+"""Extra column, bool ``[N]``: which responses are successes, where the verifier says so."""
+REWARD_PART = "reward/"
+"""Begins the names of extra columns, float ``[N]``, of what each verifier of a mixture gave."""
+
 
 def offsets_of(lengths: Tensor) -> Tensor:
     """Start of every row of a ragged tensor, and its total length at the end.

@@ -46,12 +46,14 @@ def check(config: Config, processes: int | None) -> Iterator[Finding]:
 def _verifier(config: Config) -> Iterator[Finding]:
     from megatron_mapo.rewards.registry import get_verifier
 
-    try:
-        get_verifier(config.reward.name)
-    except MapoError as error:
-        yield failure("reward.name", str(error), "megatron-mapo options reward")
-    else:
-        yield ok("reward.name", config.reward.name)
+    for index, component in enumerate(config.reward.components):
+        section = config.reward.section_of(index)
+        try:
+            get_verifier(component.name, component.options, section)
+        except MapoError as error:
+            yield failure(f"{section}.name", str(error), "megatron-mapo options reward")
+        else:
+            yield ok(f"{section}.name", component.name)
 
 
 def _dtype(config: Config) -> Finding:

@@ -18,6 +18,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 """Ordinary words, which the parser would read as products of letters."""
+_LONGEST, _TIMES_LONGER = 400, 4
+"""A statement longer than this, and than so many times the reference, is not parsed: that can take minutes."""
 _DIGITS, _MOST_EXPANDED, _MOST_OPERATIONS = 12, 32, 200
 
 
@@ -26,7 +28,7 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> bool:
 
     A number must be stated as a number: ``\boxed{7+5}`` is not the answer 12, or repeating the question would be
     rewarded. Any other reference (an expression, a set, an interval, an equation) is compared symbolically with
-    what is stated, so an equal expression in another form is right.
+    what is stated, so an equal expression in another form is right, unless it runs on for ever.
 
     Raises:
         ValueError: the reference answer is empty.
@@ -41,6 +43,8 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> bool:
         return False
     if same_words(stated, reference):
         return True
+    if len(stated) > max(_LONGEST, _TIMES_LONGER * len(reference)):
+        return False
     return equal(_parse(reference), _parse(stated), timeout_seconds=None)
 
 
@@ -58,7 +62,7 @@ def extract(response: str) -> str | None:
         return str(value)
     stated = statement.text if statement.marked else _last_line(statement.text)
     words = normal_words(stated) or None
-    if words is None or _WORD.search(stated):
+    if words is None or len(stated) > _LONGEST or _WORD.search(stated):
         return words
     try:
         return next((_normal_form(item) for item in _parse(stated) if isinstance(item, sympy.Basic)), words)

@@ -2,14 +2,20 @@
 
 The pool starts it as ``python -P -m megatron_mapo.rewards.worker FD PARENT_PID`` with one end of a socket pair as
 descriptor FD. Both ways a message is a 4-byte length and a body. Requests are pickles (the parent is trusted, and
-metadata may hold dates), replies are JSON (this process has run code on untrusted text).
+metadata may hold dates), replies are JSON (this process has run code on untrusted text). A reply has the number of
+its request.
 
-It ends when the socket closes or its parent is another process, also in the middle of a verification, so nothing
-outlives a parent that was killed. It imports neither torch nor the rest of the package.
+An ordinary verifier runs in the main thread, one request after another. An ``async`` one runs in an event loop, all
+requests that have come at the same time, each under its own time limit; the pool bounds how many it sends.
+
+The process ends when the socket closes or its parent is another process, also in the middle of a verification, so
+nothing outlives a parent that was killed. It imports neither torch nor the rest of the package.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import math
 import os
@@ -26,11 +32,11 @@ import traceback
 from typing import Any
 
 from megatron_mapo.errors import ConfigError
-from megatron_mapo.rewards.registry import Extractor, Verifier, get_verifier
+from megatron_mapo.rewards.registry import LoadedVerifier, get_verifier
 
 LENGTH = struct.Struct("!I")
 _PARENT_CHECK_SECONDS = 2.0
-_GRACE_SECONDS = 5.0
+GRACE_SECONDS = 5.0
 
 
 def read_message(connection: socket.socket) -> bytes | None:
@@ -63,18 +69,58 @@ def main() -> None:
     settings = pickle.loads(requests.get())
     _limit_memory(settings["memory_mb"])
     try:
-        verifier, extractor = get_verifier(settings["name"])
+        verifier = get_verifier(settings["name"], settings["options"], settings["section"])
     except (ConfigError, MemoryError) as error:
         _reply(connection, {"error": str(error), "kind": type(error).__name__})
         return
-    _reply(connection, {"ready": True, "extracts": extractor is not None})
+    _reply(connection, {"ready": True, "extracts": verifier.extracts, "concurrent": verifier.concurrent})
+    if verifier.concurrent:
+        asyncio.run(_serve_many(connection, requests, verifier, settings["timeout"]))
+    else:
+        _serve_one_by_one(connection, requests, verifier, settings["timeout"])
+
+
+def _serve_one_by_one(
+    connection: socket.socket, requests: queue.SimpleQueue[bytes], verifier: LoadedVerifier, timeout: float
+) -> None:
     while True:
-        request = requests.get()
+        number, what, arguments = pickle.loads(requests.get())
         # Should the parent be gone, the kernel ends even a verifier that never lets the other thread run.
-        signal.setitimer(signal.ITIMER_REAL, settings["timeout"] + _GRACE_SECONDS)
-        reply = _answer(verifier, extractor, request)
+        signal.setitimer(signal.ITIMER_REAL, timeout + GRACE_SECONDS)
+        try:
+            reply = _CHECKED[what](getattr(verifier, what)(*arguments))
+        except Exception as error:
+            reply = _raised(error)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _reply(connection, reply)
+        _reply(connection, reply | {"number": number})
+
+
+async def _serve_many(
+    connection: socket.socket, requests: queue.SimpleQueue[bytes], verifier: LoadedVerifier, timeout: float
+) -> None:
+    async def serve(number: int, what: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                value = getattr(verifier, what)(*arguments)
+                reply = _CHECKED[what](await value if inspect.isawaitable(value) else value)
+        except (Exception, asyncio.CancelledError) as error:
+            # A timeout of its own making is the verifier's error, not its limit.
+            reply = {"kind": "timeout"} if limit.expired() else _raised(error)
+        _reply(connection, reply | {"number": number})
+
+    async def keep_alarm_off() -> None:
+        """Should the loop stand still and the parent be gone, the kernel ends the process."""
+        while True:
+            signal.setitimer(signal.ITIMER_REAL, timeout + 2 * GRACE_SECONDS)
+            await asyncio.sleep(GRACE_SECONDS)
+
+    loop = asyncio.get_running_loop()
+    running = {loop.create_task(keep_alarm_off())}  # the loop itself holds tasks only weakly
+    while True:
+        request = pickle.loads(await loop.run_in_executor(None, requests.get))
+        task = loop.create_task(serve(*request))
+        running.add(task)
+        task.add_done_callback(running.discard)
 
 
 def _receive(connection: socket.socket, parent: int, requests: queue.SimpleQueue[bytes]) -> None:
@@ -103,23 +149,13 @@ def _limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
 
-def _answer(verifier: Verifier, extractor: Extractor | None, request: bytes) -> dict[str, Any]:
-    """The reply to ``("judge", arguments)`` or ``("extract", arguments)``; see ``_judged`` and ``_extracted``.
-
-    ``{"error": text, "kind": exception}`` if the function raised or returned something else.
-    """
-    try:
-        what, arguments = pickle.loads(request)
-        if what == "judge":
-            return _judged(verifier(*arguments))
-        assert extractor is not None, "the pool asks only where there is one"
-        return _extracted(extractor(*arguments))
-    except MemoryError:
+def _raised(error: BaseException) -> dict[str, Any]:
+    """``{"error": text, "kind": exception}``."""
+    if isinstance(error, MemoryError):
         return {"error": "ran out of memory", "kind": "MemoryError"}
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"raised {type(error).__name__}: {error!s:.500} ({os.path.basename(where.filename)}:{where.lineno})"
-        return {"error": text, "kind": type(error).__name__}
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"raised {type(error).__name__}: {error!s:.500} ({os.path.basename(where.filename)}:{where.lineno})"
+    return {"error": text, "kind": type(error).__name__}
 
 
 def _judged(value: Any) -> dict[str, Any]:
@@ -137,6 +173,9 @@ def _extracted(value: Any) -> dict[str, Any]:
     if value is None or isinstance(value, str):
         return {"answer": value}
     return {"error": f"returned {value!r:.80}, which is neither text nor None,", "kind": "ValueError"}
+
+
+_CHECKED = {"judge": _judged, "extract": _extracted}
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ GREEDY = "greedy"
 
 
 def right_from(config: Config) -> float:
-    """Smallest reward that counts as right."""
-    threshold = config.actor.adv_norm.success_threshold
-    return config.reward.correct if threshold is None else threshold
+    """Smallest reward that counts as right, where ``reward.success`` is not set."""
+    return config.right_from
 
 
 def row_order(row: Mapping[str, Any]) -> tuple[int, int]:
@@ -139,7 +138,7 @@ class Evaluator:
     Args:
         sampler: knows servers, temperature and length limit.
         scorer: text, rewards and extracted answers of responses.
-        right_from: smallest reward that counts as right.
+        right_from: smallest reward that counts as right, where ``reward.success`` does not say what is.
     """
 
     def __init__(self, sampler: Sampler, scorer: Scorer, right_from: float) -> None:
@@ -170,7 +169,7 @@ class Evaluator:
     async def _rows(self, prompt: Prompt, sampled: list[Response], greedy: list[Response]) -> list[Row]:
         responses = [*sampled, *greedy]
         texts = self.scorer.texts([r.token_ids for r in responses])
-        rewards, answers = await self.scorer.judge(prompt, texts), await self.scorer.extract(texts)
+        verdicts, answers = await self.scorer.judge(prompt, texts), await self.scorer.extract(texts)
         return [
             {
                 "prompt_id": prompt.id,
@@ -178,14 +177,15 @@ class Evaluator:
                 "prompt": prompt.question,
                 "answer": prompt.answer,
                 "response": text,
-                "reward": reward,
-                "right": reward >= self.right_from,
+                "reward": verdict.reward,
+                "right": verdict.reward >= self.right_from if verdict.success is None else verdict.success,
+                **({"rewards": verdict.parts} if verdict.parts else {}),
                 "extracted": answer,
                 "truncated": response.truncated,
                 "length": len(response.token_ids),
                 "finish": response.finish_reason,
             }
-            for index, (response, text, reward, answer) in enumerate(
-                zip(responses, texts, rewards, answers, strict=True)
+            for index, (response, text, verdict, answer) in enumerate(
+                zip(responses, texts, verdicts, answers, strict=True)
             )
         ]

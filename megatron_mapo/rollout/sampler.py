@@ -17,6 +17,7 @@ from megatron_mapo.config import RolloutConfig
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import DataError, MapoError, RewardError, RolloutError
 from megatron_mapo.rollout.client import Response, RolloutClient, Sampling
+from megatron_mapo.rollout.scoring import Scores
 
 T = TypeVar("T")
 
@@ -33,8 +34,8 @@ class PromptLike(Protocol):
         """Tokens to send to the server."""
 
 
-Score = Callable[[Any, list[list[int]]], Awaitable[list[float]]]
-"""``score(prompt, responses' token ids)`` gives one reward a response."""
+Score = Callable[[Any, list[list[int]]], Awaitable[Scores]]
+"""``score(prompt, responses' token ids)`` gives one reward a response, and what goes with it."""
 
 
 Arrived = Callable[[Any, list[Response], list[Response]], Awaitable[None]]
@@ -44,7 +45,7 @@ Arrived = Callable[[Any, list[Response], list[Response]], Awaitable[None]]
 @dataclass(frozen=True)
 class _Group:
     responses: list[Response]
-    rewards: list[float]
+    scores: Scores
 
 
 def sample_seed(seed: int, position: int, index: int) -> int:
@@ -131,7 +132,8 @@ class Sampler:
 
         Returns:
             ``P * responses_per_prompt`` sequences, in the order of prompts, then of samples, whatever
-            the order of arrival. ``extra["prompt_id"]`` is int64 ``[N]``.
+            the order of arrival. ``extra["prompt_id"]`` is int64 ``[N]``; the columns of ``Scores`` are beside it,
+            bool or float32 ``[N]``.
 
         Raises:
             DataError: a prompt is empty or too long.
@@ -154,10 +156,11 @@ class Sampler:
             [r.token_ids for r in responses],
             rollout_logprobs=[r.logprobs for r in responses],
             weight_versions=[r.weight_versions for r in responses],
-            rewards=[reward for group in groups for reward in group.rewards],
+            rewards=[reward for group in groups for reward in group.scores.rewards],
             group_ids=[group_base + i for i in range(len(prompts)) for _ in range(n)],
             truncated=[r.truncated for r in responses],
-            extra={"prompt_id": torch.tensor([p.id for p in prompts], dtype=torch.int64).repeat_interleave(n)},
+            extra={"prompt_id": torch.tensor([p.id for p in prompts], dtype=torch.int64).repeat_interleave(n)}
+            | _columns([group.scores for group in groups]),
         )
         self._check_versions(batch.weight_versions, version)
         return batch
@@ -207,7 +210,7 @@ class Sampler:
             if position not in self._finished:
                 async with slots:
                     responses = await self._responses(prompt, position, n, sampling, seed)
-                self._finished[position] = _Group(responses, await self._rewards(prompt, responses))
+                self._finished[position] = _Group(responses, await self._scores(prompt, responses))
             return self._finished[position]
 
         return await self._each(prompts, one)
@@ -240,14 +243,24 @@ class Sampler:
             raise _first(failures) from failures
         return [task.result() for task in pending]
 
-    async def _rewards(self, prompt: PromptLike, responses: list[Response]) -> list[float]:
-        rewards = await self._score(prompt, [r.token_ids for r in responses])
+    async def _scores(self, prompt: PromptLike, responses: list[Response]) -> Scores:
+        scores = await self._score(prompt, [r.token_ids for r in responses])
+        rewards = scores.rewards
         if len(rewards) != len(responses) or not all(math.isfinite(reward) for reward in rewards):
             raise RewardError(
                 f"the verifier (reward.name) gave {rewards!r} for the {len(responses)} responses "
                 f"to prompt {prompt.id}; it must give one finite number for each"
             )
-        return rewards
+        return scores
+
+
+def _columns(scores: Sequence[Scores]) -> dict[str, Tensor]:
+    """The groups' columns one after another; lists of bools become bool, others float32."""
+    joined = {name: [value for one in scores for value in one.columns[name]] for name in scores[0].columns}
+    return {
+        name: torch.tensor(values, dtype=torch.bool if isinstance(values[0], bool) else torch.float32)
+        for name, values in joined.items()
+    }
 
 
 def _first(failures: BaseExceptionGroup) -> BaseException:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_mapo.data.prompts import Prompt
-from megatron_mapo.rewards.pool import RewardPool
+from megatron_mapo.data.sequences import REWARD_PART, SUCCESS
+from megatron_mapo.rewards.pool import RewardPool, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the responses to one prompt, in order.
+
+    Attributes:
+        rewards: one a response.
+        columns: further values, by the name of their column in ``SequenceBatch.extra``: ``success`` (bool) where
+            ``reward.success`` is set, and ``reward/LABEL`` (float) of every component of a ``reward.mixture``.
+    """
+
+    rewards: list[float]
+    columns: dict[str, list[float] | list[bool]] = field(default_factory=dict)
 
 
 class Scorer:
@@ -27,14 +43,21 @@ class Scorer:
         """Responses as text, without special tokens."""
         return self.tokenizer.batch_decode([list(tokens) for tokens in responses], skip_special_tokens=True)
 
-    async def judge(self, prompt: Prompt, texts: Sequence[str]) -> list[float]:
-        """Rewards of responses to one prompt."""
+    async def judge(self, prompt: Prompt, texts: Sequence[str]) -> list[Verdict]:
+        """Verdicts on responses to one prompt."""
         n = len(texts)
-        return await self.pool.score(texts, [prompt.answer] * n, [prompt.metadata] * n)
+        return await self.pool.judge(texts, [prompt.answer] * n, [prompt.metadata] * n, [prompt.question] * n)
 
     async def extract(self, texts: Sequence[str]) -> list[str | None]:
         """The answers that responses state; all None if the verifier has no extractor."""
         return await self.pool.extract(texts) if self.pool.extracts else [None] * len(texts)
 
-    async def __call__(self, prompt: Prompt, responses: Sequence[Sequence[int]]) -> list[float]:
-        return await self.judge(prompt, self.texts(responses))
+    async def __call__(self, prompt: Prompt, responses: Sequence[Sequence[int]]) -> Scores:
+        verdicts = await self.judge(prompt, self.texts(responses))
+        columns: dict[str, list[float] | list[bool]] = {
+            f"{REWARD_PART}{component.title}": [verdict.parts[component.title] for verdict in verdicts]
+            for component in self.pool.config.mixture
+        }
+        if self.pool.config.success is not None:
+            columns[SUCCESS] = [bool(verdict.success) for verdict in verdicts]
+        return Scores([verdict.reward for verdict in verdicts], columns)

@@ -16,7 +16,7 @@ from megatron_mapo.algorithms.advantages import group_statistics
 from megatron_mapo.algorithms.filters import filters
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
-from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.data.sequences import REWARD_PART, SUCCESS, SequenceBatch
 from megatron_mapo.errors import RolloutError, ServersOut
 from megatron_mapo.hardware import has_accelerator
 from megatron_mapo.rewards.pool import RewardPool
@@ -160,9 +160,7 @@ class RolloutSession:
                 self.sampler.sample(prompts, version, seed if number == 0 else sample_seed(seed, number, 0), base)
             )
         batch = done[number]
-        groups = group_statistics(
-            batch.rewards, batch.group_ids, self.config.actor.adv_norm, batch.extra.get("success")
-        )
+        groups = group_statistics(batch.rewards, batch.group_ids, self.config.actor.adv_norm, batch.extra.get(SUCCESS))
         self.prompts.record([prompt.id for prompt in prompts], groups.p.tolist())
         return prompts, batch
 
@@ -188,20 +186,26 @@ class RolloutSession:
         return tally.metrics(self.config.run.seed)
 
     def describe(self, batch: SequenceBatch, advantages: Tensor, count: int) -> list[dict[str, Any]]:
-        """Text, reward and advantage of the first ``count`` sequences of the last batch."""
-        n = self.config.rollout.responses_per_prompt
+        """Text, reward and advantage of the first ``count`` sequences of the last batch.
+
+        ``response`` is what the verifier saw; the components of a mixture and the success stand beside the reward.
+        """
+        n, shown = self.config.rollout.responses_per_prompt, range(min(count, len(batch)))
         starts, ends = (batch.offsets[:-1] + batch.prompt_lens).tolist(), batch.offsets[1:].tolist()
+        texts = self.scorer.texts([batch.tokens[starts[i] : ends[i]].tolist() for i in shown])
+        scored = [name for name in batch.extra if name == SUCCESS or name.startswith(REWARD_PART)]
         return [
             {
                 "prompt": self._last_prompts[i // n].question,
                 "answer": self._last_prompts[i // n].answer,
-                "response": self.tokenizer.decode(batch.tokens[starts[i] : ends[i]]),
+                "response": texts[i],
                 "reward": float(batch.rewards[i]),
+                **{name: batch.extra[name][i].item() for name in scored},
                 "advantage": float(advantages[i]),
                 "group": int(batch.group_ids[i]),
                 "truncated": bool(batch.truncated[i]),
             }
-            for i in range(min(count, len(batch)))
+            for i in shown
         ]
 
     def await_servers(self) -> None:

@@ -24,6 +24,7 @@ from megatron_mapo.errors import ServersLost, ServersOut, WeightSyncError
 from megatron_mapo.rollout.client import RolloutClient, Sampling
 from megatron_mapo.rollout.pool import ServerPool, State
 from megatron_mapo.rollout.sampler import Sampler
+from megatron_mapo.rollout.scoring import Scores
 from megatron_mapo.rollout.server import Server, ServerGroup
 from megatron_mapo.rollout.supervisor import Supervisor
 from megatron_mapo.rollout.weight_sync import WeightSync
@@ -41,8 +42,8 @@ class Question:
 PROMPTS = [Question(i, [3 + i, 9, 20 + i]) for i in range(12)]
 
 
-async def score(prompt: Question, responses: list[list[int]]) -> list[float]:
-    return [sum(tokens) % 2 for tokens in responses]
+async def score(prompt: Question, responses: list[list[int]]) -> Scores:
+    return Scores([sum(tokens) % 2 for tokens in responses])
 
 
 class Fleet:

@@ -14,6 +14,7 @@ from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import DataError, RewardError, RolloutError
 from megatron_mapo.rollout.client import RolloutClient
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
+from megatron_mapo.rollout.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ def odd_share(responses: list[list[int]]) -> list[float]:
     return [sum(t % 2 for t in tokens) / len(tokens) for tokens in responses]
 
 
-async def score(prompt: Question, responses: list[list[int]]) -> list[float]:
+async def score(prompt: Question, responses: list[list[int]]) -> Scores:
     await asyncio.sleep(0.02 * (105 - prompt.id))  # later prompts are scored first
-    return odd_share(responses)
+    shares = odd_share(responses)
+    return Scores(shares, {"success": [share > 0.5 for share in shares], "reward/odd": [2 * share for share in shares]})
 
 
 @pytest.fixture
@@ -70,6 +72,9 @@ def test_a_batch_is_in_order_and_scored(make, version, servers):
     responses = [row[3:] for row in tokens]
     assert [row[:3] for row in tokens] == [p.token_ids for p in PROMPTS for _ in range(3)]
     assert batch.rewards.tolist() == pytest.approx(odd_share(responses))
+    assert batch.extra["success"].dtype == torch.bool
+    assert batch.extra["success"].tolist() == [share > 0.5 for share in odd_share(responses)]
+    assert batch.extra["reward/odd"].tolist() == pytest.approx([2 * share for share in odd_share(responses)])
     assert batch.truncated.tolist() == [row[-1] != EOS for row in responses]
 
 
@@ -144,7 +149,7 @@ def test_a_failing_verifier_ends_the_batch(make, version):
 @pytest.mark.parametrize("rewards", [[1.0], [1.0, float("nan"), 0.0]])
 def test_rewards_must_be_one_finite_number_each(make, version, rewards):
     async def wrong(prompt, responses):
-        return rewards
+        return Scores(rewards)
 
     with pytest.raises(RewardError, match=r"reward\.name.*prompt 100"):
         make(wrong).sample(PROMPTS[:1], version, seed=1)

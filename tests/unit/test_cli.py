@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,11 +70,12 @@ class TestHelp:
             "eval",
             "inspect",
             "plot",
+            "reward-check",
             "doctor",
             "options",
         )
         for command in commands:
-            assert f"\n    {command} " in result.stdout
+            assert re.search(rf"\n    {command}\s", result.stdout)
 
     @pytest.mark.parametrize("command", [["train"], ["launch", "local"], ["serve"], ["eval"]])
     def test_of_a_run_lists_every_option(self, command: list[str]) -> None:

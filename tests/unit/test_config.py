@@ -13,6 +13,7 @@ from megatron_mapo import config as config_module
 from megatron_mapo.config import (
     Config,
     Dtype,
+    RewardComponent,
     data_parallel_size,
     describe_options,
     load_config,
@@ -21,6 +22,8 @@ from megatron_mapo.config import (
 )
 from megatron_mapo.errors import ConfigError
 
+MIXTURE = "reward.mixture=[{name: math},{name: format, weight: 0.2, label: form, options: {opened: true}}]"
+THRESHOLD = "actor.adv_norm.success_threshold=0.5"
 NEEDED = ["model.path=model", "data.train=openai/gsm8k:main"]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -57,8 +60,19 @@ class TestLoading:
         assert (config.run.name, config.run.seed) == ("file", 3)
 
     def test_yaml_round_trip(self, tmp_path):
-        config = load("actor.adv_norm.success_threshold=0.5", "rollout.urls=[http://a:1]", "model.dtype=float32")
+        config = load(
+            MIXTURE, "actor.adv_norm.success_threshold=0.5", "rollout.urls=[http://a:1]", "model.dtype=float32"
+        )
         assert load_config(write(tmp_path, to_yaml(config)), []) == config
+
+    def test_a_mixture_is_a_list_of_components_that_a_later_layer_replaces(self):
+        config = load(MIXTURE, "reward.success=math")
+        assert config.reward.mixture == [
+            RewardComponent("math"),
+            RewardComponent("format", 0.2, {"opened": True}, "form"),
+        ]
+        assert [component.title for component in config.reward.components] == ["math", "form"]
+        assert load(MIXTURE, "reward.mixture=[]").reward.components == [RewardComponent("math")]
 
     @pytest.mark.parametrize(
         ("override", "words"),
@@ -75,6 +89,14 @@ class TestLoading:
             ("actor.adv_norm.aggregation_mode=max", ["actor.adv_norm.aggregation_mode", "'max'", "native | mix"]),
             ("rollout.urls=http://a:1", ["rollout.urls", "list[str]"]),
             ("rollout.urls=[[a]]", ["rollout.urls", "strings"]),
+            ("rollout.urls={a: 1}", ["rollout.urls", "list[str]"]),
+            ("reward.mixture=math", ["reward.mixture", "list of {name, weight, options, label}"]),
+            ("reward.mixture={a: 1}", ["reward.mixture", "list of {name, weight, options, label}"]),
+            ("reward.mixture.0.weight=2", ["reward.mixture must be a list"]),
+            ("reward.mixture=[math]", ["reward.mixture[0]", "{name, weight, options, label}", "'math'"]),
+            ("reward.mixture=[{name: a},{nme: b}]", ["unknown key reward.mixture[1].nme", "its keys: name, weight"]),
+            ("reward.mixture=[{name: a, weight: b}]", ["reward.mixture[0].weight", "'b'", "Float"]),
+            ("reward.mixture=[{weight: 1}]", ["missing mandatory key reward.mixture[0].name"]),
             ("model.path=${nowhere}", ["model.path", "nowhere"]),
             ("run.name", ["'run.name'", "section.key=value"]),
             ("=3", ["section.key=value"]),
@@ -205,6 +227,18 @@ class TestContradictions:
             (["rollout.sync.disk_dir=x"], ["rollout.sync.disk_dir", "rollout.sync.mode"]),
             (["trainer.evaluation.interval=5"], ["trainer.evaluation.interval", "data.eval"]),
             (["trainer.keep_best=true"], ["trainer.keep_best", "data.eval"]),
+            ([MIXTURE], ["reward.success", "actor.adv_norm.aggregation_mode=mix", "math, form"]),
+            ([MIXTURE, "reward.success=gsm8k"], ["reward.success", "math, form", "'gsm8k'"]),
+            ([MIXTURE, "reward.success=math", THRESHOLD], ["reward.success", "actor.adv_norm.success_threshold"]),
+            ([MIXTURE, THRESHOLD, "reward.success_score=1"], ["reward.success_score", "reward.success"]),
+            ([MIXTURE, "reward.success=math", "reward.wrong=-1"], ["reward.wrong", "reward.mixture"]),
+            ([MIXTURE, "reward.success=math", "reward.options.a=1"], ["reward.options", "reward.mixture"]),
+            ([MIXTURE.replace("0.2", ".inf"), "reward.success=math"], ["reward.mixture[1].weight", "finite"]),
+            (["reward.success=math"], ["reward.success", "reward.mixture"]),
+            (["reward.mixture=[{name: math},{name: math}]"], ["reward.mixture[0]", "'math'", "label"]),
+            (["reward.mixture=[{name: math, label: a/b}]"], ["reward.mixture[0].label", "'a/b'"]),
+            (["reward.mixture=[{name: math, weight: 0}]"], ["reward.mixture", "weight must not be 0"]),
+            (["reward.mixture=[{name: ''}]"], ["reward.mixture[0].name"]),
             (["run.resume_step=3", "run.resume=never"], ["run.resume_step", "run.resume=never"]),
             (["data.options.size=3"], ["data.options", "reasoning_gym"]),
             (["actor.loss.dual_clip=3", "actor.loss.objective=sapo"], ["actor.loss.dual_clip", "actor.loss.objective"]),
@@ -261,6 +295,12 @@ class TestContradictions:
             ["actor.adv_norm.aggregation_mode=reinforce++_baseline", "actor.loss.kl_in=reward", "actor.loss.kl_coef=1"],
             ["actor.loss.objective=gmpo", "actor.loss.clip_low=1.5"],
             ["reward.correct=1", "reward.wrong=-1"],
+            [MIXTURE, "reward.success=form"],
+            [MIXTURE, "reward.success=math", "reward.success_score=0.5"],
+            [MIXTURE, THRESHOLD],
+            [MIXTURE, "actor.adv_norm.aggregation_mode=native", "reward.wrong=-1"],
+            ["reward.mixture=[{name: reasoning_gym}]", "reward.success=reasoning_gym"],
+            ["reward.name=regex", "reward.options={pattern: '(?P<answer>x)'}"],
             ["actor.loss.old_logprobs=rollout"],
             ["actor.parallel.sequence=true", "actor.parallel.tensor=2"],
             ["rollout.sync.mode=disk", "rollout.sync.disk_dir=x"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -111,6 +112,15 @@ class TestConfiguration:
     def test_partial_scores_need_no_threshold_of_the_trainers(self, folder: Path) -> None:
         request = Request(str(folder / "model"), data="reasoning_gym:leg_counting", reward="reasoning_gym")
         assert evaluation_config(request).reward.name == "reasoning_gym"
+
+    def test_another_verifier_replaces_a_mixture(self, folder: Path) -> None:
+        mixture = "reward.mixture=[{name: math},{name: regex, label: form, options: {pattern: '(?P<answer>x)'}}]"
+        request = Request(
+            str(folder / "model"), data="d.jsonl", reward="exact", overrides=[mixture, "reward.success=math"]
+        )
+        reward = evaluation_config(request).reward
+        assert (reward.name, reward.options, reward.mixture, reward.success) == ("exact", {}, [], None)
+        assert evaluation_config(replace(request, reward="form")).reward.options == {"pattern": "(?P<answer>x)"}
 
 
 def sample(prompt: int, index: int | str, right: bool = False, extracted: str | None = None, length: int = 3) -> dict:

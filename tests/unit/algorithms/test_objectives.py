@@ -62,7 +62,7 @@ def gmpo(lr, a, c):
 
 
 def sapo(lr, a, c):
-    tau = c.sapo_temperature if a > 0 else c.sapo_temperature_negative
+    tau = c.sapo_tau if a > 0 else c.sapo_tau_negative
     return (4 / (tau * (1 + (-tau * (lr.exp() - 1)).exp())) * a).mean()
 
 
@@ -137,7 +137,7 @@ def test_the_gain_of_a_response_is_bounded(seed, spread, name):
     x, config = tokens(seed, spread), CONFIGS[name]
     x["advantages"] = x["advantages"].abs() + 0.1
     loss, grad = flat(x, config)
-    ceiling = {"sapo": 4 / config.sapo_temperature, "gmpo": math.exp(config.clip_high)}.get(name, 1 + config.clip_high)
+    ceiling = {"sapo": 4 / config.sapo_tau, "gmpo": math.exp(config.clip_high)}.get(name, 1 + config.clip_high)
     mean = float((x["weight"] * x["advantages"]).sum())
     assert -loss <= ceiling * mean * (1 + 1e-9)
     assert torch.isfinite(grad).all()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import reasoning_gym as tasks
 
-from megatron_mapo.rewards import math, reasoning_gym
+from megatron_mapo.rewards import math, math_verify, reasoning_gym
 
 GUARDED = sorted(reasoning_gym.EVALUATED_AS_PYTHON | reasoning_gym.EVALUATED_BY_SYMPY)
 # Modules that evaluate text of their own, at most: problems that they made, reference answers.
@@ -70,11 +71,12 @@ def test_every_task_that_evaluates_answers_is_known() -> None:
     assert found - OWN_TEXT == set(GUARDED)
 
 
+@pytest.mark.parametrize("verifier", [math, math_verify])
 @pytest.mark.parametrize("reference", ["12", "x+1", "(1,2)", r"\frac{1}{2}"])
-def test_math_runs_nothing(reference: str, tmp_path: Path) -> None:
+def test_math_runs_nothing(verifier: ModuleType, reference: str, tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
     for text in hostile(mark):
         for response in (text, f"\\boxed{{{text}}}", f"The answer is ${text}$"):
-            assert not math.verify(response, reference, {})
-            math.extract(response)
+            assert not verifier.verify(response, reference, {})
+            verifier.extract(response)
             assert not mark.exists(), response

@@ -176,7 +176,7 @@ def test_other_responses_do_not_wait_for_a_cancelled_call():
 
 def test_close_ends_running_verifications():
     p = pool("obey", timeout=500.0)
-    pids = [w.process.pid for w in p._workers]
+    pids = p.process_ids()
     outcome = []
 
     def wait_for_it():
@@ -187,7 +187,7 @@ def test_close_ends_running_verifications():
 
     thread = threading.Thread(target=wait_for_it)
     thread.start()
-    while not p._idle.empty():
+    while not p._parts[0]._idle.empty():
         time.sleep(0.01)
     p.close()
     thread.join()
@@ -200,7 +200,7 @@ def test_close_ends_running_verifications():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", r"reward\.name='maths' is unknown.*exact, gsm8k, math, reasoning_gym"),
+        ("maths", r"reward\.name='maths' is unknown.*exact, format, gsm8k, http, math"),
         ("no_such_module:verify", r"cannot import no_such_module: ModuleNotFoundError"),
         ("reward_cases:no_such", r"reward_cases has no function no_such"),
         ("reward_cases:not_a_function", r"is not a function: not_a_function"),
@@ -237,7 +237,7 @@ if sys.argv[1] == "fork":
     child = os.fork()
     if child == 0:
         time.sleep(1000)
-print(*(w.process.pid for w in pool._workers), child, flush=True)
+print(*pool.process_ids(), child, flush=True)
 if sys.argv[1] not in ("idle", "fork"):
     asyncio.run(pool.score([sys.argv[1]] * 2, ["42"] * 2, [{}] * 2))
 time.sleep(1000)

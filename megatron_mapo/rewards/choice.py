@@ -1,0 +1,78 @@
+r"""Verifier ``choice``: the letter of one option, as in MMLU, ARC or GPQA.
+
+A response states a letter by ``\boxed{B}``, "Answer: (B)" or "the answer is B" (the last of these counts, as in
+``answers``), or by ending with it on a line of its own. "A or B", "either is possible" and a list of all options state
+none.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_mapo.rewards.answers import final_statement
+
+_LETTER = r"[\s$({\[]*(?:(?:the\s+)?(?:letter|option|choice)\s+)?[\s$({\[]*(?P<letter>[A-Za-z])[\s$)}\]]*"
+_ALONE = re.compile(rf"{_LETTER}[.:,!]?\s*", re.IGNORECASE)
+"""Nothing but the letter."""
+_FIRST = re.compile(r"(?:(?:the\s+)?(?:letter|option|choice)\s+)?[$({\[]*(?P<letter>[A-Z])(?![A-Za-z0-9_'’])[$)}\]]*")
+"""A capital letter, and then a reason or the option's text."""
+_NEXT = r"[$({\[]*(?:[A-Z](?![A-Za-z0-9_'’])(?!\s+[a-z])|[a-z](?=[)}\]]|[.,;]?$))"
+"""A letter that no word follows, as words do "A" and "I"."""
+_HEDGE = r"(?:(?:or|and|maybe|perhaps|possibly|also|option|choice)\s+){0,4}"
+_SECOND = re.compile(rf"[\s({{\[]*(?:[,/;&+|-]|\b(?:or|and)\b)*\s*(?!not\b){_HEDGE}{_NEXT}")
+"""Right behind it another letter: a choice is left open."""
+_LATER = re.compile(rf"\b(?:or|and)\s+{_HEDGE}{_NEXT}")
+"""Behind an option's text another letter: "A) Paris or B) Rome"."""
+_LONGEST = 1000
+"""Letters of a statement that are looked at: some of these patterns take quadratic time."""
+_WORDS = frozenset("AI")
+"""Letters that are English words, too: "the answer is A dog", "Answer: I think it is B"."""
+_REASON = re.compile(r"[\s,;:(-]+(?:because|since|as|for|given|due|which|that|where|is|by|from|in|on|with)\b")
+_OPTION = re.compile(r"[\s$*({\[]*(?P<letter>[A-Z])[)}\].:][\s*]*\S.*")
+"""A line such as "B) Paris"."""
+_REFERENCE = re.compile(r"\s*[({\[]?(?P<letter>[A-Za-z])(?:[)}\].:].*|\s*)", re.DOTALL)
+
+
+def verify(response: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """The letter that the response states is that of the reference answer ("B", "(b)" or "B. Paris").
+
+    Raises:
+        ValueError: the reference answer is no letter.
+    """
+    reference = _REFERENCE.fullmatch(answer)
+    if reference is None:
+        raise ValueError(f"the reference answer is no letter of an option (data.answer_key): {answer[:100]!r}")
+    return extract(response) == reference["letter"].upper()
+
+
+def extract(response: str) -> str | None:
+    """The letter that the response states, as a capital; None if it states none or several."""
+    statement = final_statement(response)
+    if statement.marked:
+        return _lone_letter(statement.text) or _letter_with_reason(statement.text)
+    lines = [line for line in statement.text.splitlines() if line.strip()]
+    if len(lines) == 1 and _OPTION.fullmatch(lines[0]) is not None:
+        return _letter_with_reason(lines[0].lstrip("* "))
+    # One of several letters in a column is a list of options.
+    listed = len(lines) > 1 and _lone_letter(lines[-2]) is not None
+    return None if listed or not lines else _lone_letter(lines[-1])
+
+
+def _lone_letter(text: str) -> str | None:
+    alone = _ALONE.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+    return None if alone is None else alone["letter"].upper()
+
+
+def _letter_with_reason(text: str) -> str | None:
+    text = " ".join(text.split())[:_LONGEST]
+    first = _FIRST.match(text)
+    if first is None:
+        return None
+    letter, rest = first["letter"], text[first.end() :]
+    reason = _REASON.match(rest) is not None
+    bare = text[: first.end()].endswith(letter)
+    if bare and letter in _WORDS and re.match(r"\s+[a-z]", rest) and not reason:
+        return None
+    open_choice = _SECOND.match(rest) or (not reason and _LATER.search(rest))
+    return None if open_choice else letter
