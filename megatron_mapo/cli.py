@@ -117,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", "draw a run's curves", _plot)
     plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
 
+    page = _command(commands, "report", "write one HTML page about a run: curves, groups, timing, events", _report)
+    page.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    page.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
+
     doctor = _run_parser(commands, "doctor", "check this machine, and what a configuration needs of it", _doctor)
     doctor.add_argument("--quick", action="store_true", help="start no server")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -408,6 +412,13 @@ def _plot(arguments: argparse.Namespace) -> int:
     from megatron_mapo.tracking.plots import plot_run
 
     print(plot_run(arguments.run_dir))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.reporting.run_report import report
+
+    print(report(arguments.run_dir, arguments.output))
     return 0
 
 
