@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +177,7 @@ def _advantages(run: RunData) -> Section:
     for name, title in (("group/p_hist", "Success rate p of the groups"), ("group/lambda_hist", "λ of the groups")):
         table = histogram(run.metrics, name)
         if table is not None:
-            section.pictures.append(draw(lambda figure, t=table, n=title: draw_heatmap(figure, *t, n), title))
+            section.pictures.append(draw(partial(draw_heatmap, histogram=table, title=title), title))
     lines = [
         ("advantage/abs_mean", "mean of |A|", BLUE),
         ("advantage/max", "largest", GREEN),
@@ -204,8 +205,9 @@ def histogram(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray] |
     return np.array([row["step"] for row in found], dtype=float), shares.T
 
 
-def draw_heatmap(figure: Figure, steps: np.ndarray, shares: np.ndarray, title: str) -> None:
-    """Shares of bins of [0, 1] over steps, as colours."""
+def draw_heatmap(figure: Figure, histogram: tuple[np.ndarray, np.ndarray], title: str) -> None:
+    """Shares of bins of [0, 1] over steps, as colours; ``histogram`` is what ``histogram`` returns."""
+    steps, shares = histogram
     axes = figure.subplots()
     axes.set_title(title)
     edges = (steps[0] - 0.5, steps[-1] + 0.5, 0.0, 1.0)

@@ -259,7 +259,12 @@ def draw_mismatch(axes: Axes, rows: Sequence[Row]) -> None:
         drawn |= bool(np.isfinite(values).any())
         draw_curve(axes, steps, values, label, colour)
     if drawn:
+        from matplotlib.ticker import LogFormatter
+
         axes.set_yscale("log")
+        # Not the usual formatter, whose labels are formulas and need a parser of formulas.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def draw_seconds(axes: Axes, rows: Sequence[Row]) -> None:
