@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
     page.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
 
+    _compare_parser(commands)
+
     doctor = _run_parser(commands, "doctor", "check this machine, and what a configuration needs of it", _doctor)
     doctor.add_argument("--quick", action="store_true", help="start no server")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -183,6 +185,21 @@ def _eval_parser(commands: Any) -> None:
     add("--url", action="append", default=[], dest="urls", metavar="URL", help="running server; may be repeated")
     add("--out", type=Path, metavar="DIR", help="folder to write (default: in RUN/evaluations, or ./eval-MODEL)")
     add("--overwrite", action="store_true", help="drop samples of other settings in that folder")
+
+
+def _compare_parser(commands: Any) -> None:
+    parser = _command(commands, "compare", "run configurations with several seeds each, and compare them", _compare)
+    add = parser.add_argument
+    add("--config", action="append", default=[], dest="configs", metavar="FILE", help="YAML file; once a configuration")
+    add("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="compare runs that are there (NAME-seedN)")
+    add("--seeds", type=_positive, default=5, metavar="N", help="runs of each configuration (default: 5)")
+    add("--name", help="name of the comparison (default: compare-CONFIG-CONFIG)")
+    add("--baseline", metavar="CONFIG", help="what the others are compared with (default: the first)")
+    add("--target", type=float, default=0.5, metavar="X", help="accuracy to be reached (default: 0.5)")
+    add("--nproc", type=_positive, dest="processes", metavar="N", help="trainer processes (default: one a GPU)")
+    add("--output", type=Path, metavar="DIR", help="folder of the report")
+    add("overrides", nargs="*", metavar="section.key=value", help="options for all configurations")
+    _dry_run(parser)
 
 
 def _dry_run(parser: argparse.ArgumentParser) -> None:
@@ -419,6 +436,22 @@ def _report(arguments: argparse.Namespace) -> int:
     from megatron_mapo.reporting.run_report import report
 
     print(report(arguments.run_dir, arguments.output))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.compare import Request, compare
+    from megatron_mapo.launch.processes import Stopped, stop_signals
+
+    given = {key: value for key, value in vars(arguments).items() if key not in ("run", "dry_run")}
+    try:
+        with stop_signals():
+            page = compare(Request(**given), arguments.dry_run)
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return stopped.exit_code
+    if page is not None:
+        print(page)
     return 0
 
 

@@ -109,13 +109,17 @@ def make_run(
     steps: int | None = None,
     gain: float = 0.1,
     seed: int = 0,
+    luck: int = 0,
     evaluate: bool = True,
     texts: tuple[str, str] = ("4", "5"),
     question: str = "2+2?",
 ) -> Path:
-    """A run of ``steps`` steps (default: all) whose share of right responses grows by ``gain`` a step."""
+    """A run of ``steps`` steps (default: all) whose share of right responses grows by ``gain`` a step.
+
+    Runs of equal ``seed`` have the same first evaluation; with another ``luck`` what follows is drawn anew.
+    """
     config = run_config(folder, f"run.seed={seed}", *overrides)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng((seed, luck))
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     tracker = Tracker(folder, QUIET, config.trainer.steps, 0)
