@@ -69,6 +69,8 @@ class TestHelp:
             "eval",
             "inspect",
             "plot",
+            "report",
+            "compare",
             "doctor",
             "options",
         )
