@@ -117,11 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", "draw a run's curves", _plot)
     plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
 
-    page = _command(commands, "report", "write one HTML page about a run: curves, groups, timing, events", _report)
-    page.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
-    page.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
-
-    _compare_parser(commands)
+    _report_parsers(commands)
 
     doctor = _run_parser(commands, "doctor", "check this machine, and what a configuration needs of it", _doctor)
     doctor.add_argument("--quick", action="store_true", help="start no server")
@@ -187,7 +183,11 @@ def _eval_parser(commands: Any) -> None:
     add("--overwrite", action="store_true", help="drop samples of other settings in that folder")
 
 
-def _compare_parser(commands: Any) -> None:
+def _report_parsers(commands: Any) -> None:
+    page = _command(commands, "report", "write one HTML page about a run: curves, groups, timing, events", _report)
+    page.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    page.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
+
     parser = _command(commands, "compare", "run configurations with several seeds each, and compare them", _compare)
     add = parser.add_argument
     add("--config", action="append", default=[], dest="configs", metavar="FILE", help="YAML file; once a configuration")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_mapo.algorithms.comparison import Estimate, seed_band, trailing_mean
+from megatron_mapo.algorithms.comparison import seed_band, trailing_mean
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.reporting.analysis import (
     AdvantagesByRate,
@@ -28,7 +28,18 @@ from megatron_mapo.reporting.analysis import (
     training_accuracy,
 )
 from megatron_mapo.reporting.arms import Array, Study, differences, evaluation_curves, metric_curves
-from megatron_mapo.reporting.page import Page, Picture, Section, Table, draw, figure_bytes, markdown, render, write_text
+from megatron_mapo.reporting.page import (
+    Page,
+    Picture,
+    Section,
+    Table,
+    draw,
+    figure_bytes,
+    markdown,
+    markdown_text,
+    render,
+    write_text,
+)
 from megatron_mapo.reporting.run_report import response_tokens
 from megatron_mapo.tracking.jsonl import to_line
 from megatron_mapo.tracking.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
@@ -144,6 +155,7 @@ def _page(results: Results, title: str, pictures: dict[str, tuple[Paint, str, tu
     subtitle = f"{len(study.arms)} configurations x {count} seed{'s' if count > 1 else ''}"
     sections = [
         _result(results, drawn),
+        _training(results),
         Section("Learning curves", [_bands_text(count)], pictures=_some(drawn, "curves", "gradients")),
         _target(results),
         _advantages(results, drawn),
@@ -174,9 +186,13 @@ def _result(results: Results, drawn: dict[str, Picture]) -> Section:
             "configurations that are compared with the baseline."
         )
         section.pictures = _some(drawn, "final")
+    return section
+
+
+def _training(results: Results) -> Section:
+    section = Section("Training accuracy", ["The accuracy of the training responses. It has no part in the verdict."])
     if results.training is not None:
-        section.text.append("Beside it, not part of the verdict: the accuracy of the training responses.")
-        section.tables += _outcome_tables(results, results.training)
+        section.tables = _outcome_tables(results, results.training)
     return section
 
 
@@ -185,7 +201,7 @@ def _outcome_tables(results: Results, found: Outcome) -> list[Table]:
     each = Table(
         [found.name, "mean", "95 % interval", "standard error"],
         [
-            [label, f"{e.value:.4f}", _interval(e), f"{e.standard_error:.4f}"]
+            [label, f"{e.value:.4f}", f"{e.low:.4f} to {e.high:.4f}", f"{e.standard_error:.4f}"]
             for label, e in zip(labels, found.arms, strict=True)
         ],
     )
@@ -195,7 +211,7 @@ def _outcome_tables(results: Results, found: Outcome) -> list[Table]:
         [
             f"{contrast.label} − {labels[0]}",
             f"{e.value:+.4f}",
-            _interval(e),
+            f"{e.low:+.4f} to {e.high:+.4f}",
             f"{e.boot_low:+.4f} to {e.boot_high:+.4f}",
             _p(e.p_value if contrast.adjusted is not None else None),
             _p(contrast.adjusted),
@@ -206,10 +222,6 @@ def _outcome_tables(results: Results, found: Outcome) -> list[Table]:
     ]
     head = ["difference", "mean", "95 % interval", "bootstrap", "p", "p (Holm)", "detectable"]
     return [each, Table(head, rows)]
-
-
-def _interval(e: Estimate) -> str:
-    return f"{e.low:.4f} to {e.high:.4f}"
 
 
 def _p(value: float | None) -> str:
@@ -316,9 +328,13 @@ def _runs(study: Study) -> Section:
 
 
 def _markdown(page: Page, pictures: dict[str, tuple[Paint, str, tuple[float, float]]]) -> str:
-    parts = [f"# {page.title}", page.subtitle]
+    parts = [f"# {markdown_text(page.title)}", page.subtitle]
     for section in page.sections:
-        parts += [f"## {section.title}", *section.text, *(markdown(table).rstrip() for table in section.tables)]
+        parts += [
+            f"## {section.title}",
+            *map(markdown_text, section.text),
+            *(markdown(table).rstrip() for table in section.tables),
+        ]
     parts += ["## Pictures", *(f"![{alt}]({name}.png)" for name, (_, alt, _) in pictures.items())]
     return "\n\n".join(parts) + "\n"
 

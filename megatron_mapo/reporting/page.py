@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SVG_HEADER = "data:image/svg+xml;base64,"
+_DPI = 130
+_LONG_CURVE = 1000
+"""Points of a curve that are not written out one by one: the page of a long run stays small."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,13 @@ def write_text(path: Path, text: str, option: str) -> None:
 def markdown(table: Table) -> str:
     """A table in Markdown."""
     rule = [":--", *(["--:"] * (len(table.head) - 1))]
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (table.head, *table.rows)]
+    rows = [[markdown_text(cell).replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """Text on one line that is no HTML, which Markdown would let through."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").splitlines())
 
 
 def draw(paint: Callable[[Figure], None], alt: str, size: tuple[float, float] = (5.6, 3.1)) -> Picture:
@@ -140,10 +148,20 @@ def figure_bytes(paint: Callable[[Figure], None], size: tuple[float, float], kin
     # Names come from data and from files: a dollar sign in them is no formula. Text stays text, which is small.
     style = {**STYLE, "text.parse_math": False, "svg.fonttype": "none"}
     with rc_context(style):  # type: ignore[arg-type]
-        figure = Figure(figsize=size, dpi=110)
+        figure = Figure(figsize=size)
         FigureCanvasAgg(figure)
         width, height = size
         figure.subplots_adjust(0.75 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, hspace=0.35, wspace=0.25)
         paint(figure)
-        figure.savefig(buffer, format=kind)
+        _rasterize_long_curves(figure)
+        figure.savefig(buffer, format=kind, dpi=_DPI)
     return buffer.getvalue()
+
+
+def _rasterize_long_curves(figure: Figure) -> None:
+    for axes in figure.axes:
+        for line in axes.lines:
+            line.set_rasterized(len(line.get_path()) > _LONG_CURVE)
+        for collection in axes.collections:
+            points = sum(len(path) for path in collection.get_paths())
+            collection.set_rasterized(points > _LONG_CURVE)

@@ -193,12 +193,14 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_lines(axes: Axes, rows: Sequence[Row], title: str, lines: Sequence[tuple[str, str, str]]) -> None:
+    """Metrics as curves: of each its name, its label and its colour."""
     axes.set_title(title)
     for name, label, colour in lines:
         draw_curve(axes, *series(rows, name), label, colour)
 
 
 def draw_reward(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mean reward, and the accuracy where it is something else."""
     accuracy = series(rows, "reward/accuracy")
     reward = series(rows, "reward/mean")
     axes.set_title("Reward of the rollouts")
@@ -234,6 +236,7 @@ def draw_evaluations(axes: Axes, evaluations: Sequence[Row]) -> None:
 
 
 def draw_lengths(axes: Axes, rows: Sequence[Row]) -> None:
+    """Response lengths: mean, shortest, longest."""
     axes.set_title("Response length (tokens)")
     low, high = series(rows, "response/length_min"), series(rows, "response/length_max")
     if len(low[0]) and len(low[0]) == len(high[0]):
@@ -243,6 +246,7 @@ def draw_lengths(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_shares(axes: Axes, rows: Sequence[Row]) -> None:
+    """Groups without gradient, responses cut, tokens clipped."""
     axes.set_title("Shares")
     draw_curve(axes, *series(rows, "group/zero_advantage"), "groups without gradient", GREY)
     draw_curve(axes, *series(rows, "response/truncated"), "responses cut", RED)
@@ -251,6 +255,7 @@ def draw_shares(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_mismatch(axes: Axes, rows: Sequence[Row]) -> None:
+    """Difference of the log-probs of server and trainer, on a logarithmic axis."""
     axes.set_title("|server − trainer| log-prob")
     drawn = False
     for name, label, colour in (("mismatch/abs_p99", "99th percentile", GREY), ("mismatch/abs_mean", "mean", BLUE)):

@@ -215,6 +215,17 @@ class TestReport:
         assert "aggregation_mode" in html
         assert set(re.findall(r'src="([^:]*):', html)) == {"data"}
 
+    def test_values_of_options_stay_text(self, runs, tmp_path):
+        hostile = "<img src=x onerror=alert(1)>|{question}"
+        make_run(tmp_path / "odd-seed0", f"data.template={hostile}", seed=0)
+        folders = [str(runs["mapo"][0]), str(tmp_path / "odd-seed0")]
+        assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *folders]) == 0
+        assert "<img src=x" not in (tmp_path / "out/report.html").read_text()
+        text = (tmp_path / "out/report.md").read_text()
+        assert "<img" not in text
+        assert "&lt;img src=x onerror=alert(1)>\\|{question}" in text
+        assert "this is not a comparison of algorithms alone" in text
+
     def test_markdown_tables_are_well_formed(self, folder):
         lines = (folder / "report.md").read_text().splitlines()
         for line, rule in itertools.pairwise(lines):
