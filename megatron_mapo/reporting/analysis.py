@@ -103,18 +103,22 @@ def _verdict(label: str, baseline: str, estimate: Estimate, adjusted: float, com
 
 
 def final_pass(study: Study) -> tuple[Outcome | None, str]:
-    """pass@1 after the last step, and what it was made from."""
+    """pass@1 of each run's last evaluation, and what it was made from."""
+    last = [arm.runs[seed].last_evaluation for arm in study.arms for seed in study.seeds]
+    if any(row is None or row.get("pass_at_1") is None for row in last):
+        return None, "not all runs have an evaluation of trained weights (data.eval, trainer.evaluation)"
+    when = ", ".join(str(step) for step in sorted({row["step"] for row in last if row is not None}))
     tables = pass_tables(study)
     if tables is not None:
-        return outcome("held-out pass@1", tables, study), "per-question results of evaluation_samples/"
+        return outcome("held-out pass@1", tables, study), f"the responses in evaluation_samples/ after step {when}"
 
-    def last(run: RunData) -> float:
-        return next((r["pass_at_1"] for r in reversed(run.evaluations) if r.get("pass_at_1") is not None), np.nan)
+    def score(run: RunData) -> float:
+        assert run.last_evaluation is not None
+        return run.last_evaluation["pass_at_1"]
 
-    columns = [study.values(arm, last)[:, None] for arm in study.arms]
-    if not all(np.isfinite(column).all() for column in columns):
-        return None, "there is no evaluation after the last step in all runs"
-    return outcome("held-out pass@1", columns, study), "evaluations.jsonl, without questions: paired by seed only"
+    columns = [study.values(arm, score)[:, None] for arm in study.arms]
+    source = f"evaluations.jsonl after step {when}, without single questions: paired by seed only"
+    return outcome("held-out pass@1", columns, study), source
 
 
 def training_accuracy(study: Study) -> Outcome | None:

@@ -134,7 +134,7 @@ def pass_tables(study: Study, at_start: bool = False) -> list[Array] | None:
 
     Args:
         study: the runs.
-        at_start: of the evaluation before the first step, not of that after the last.
+        at_start: of the evaluation before the first step, not of the last one.
 
     Returns:
         ``[S, Q]`` of each arm; None if a run did not keep the responses of this evaluation.
@@ -147,7 +147,8 @@ def pass_tables(study: Study, at_start: bool = False) -> list[Array] | None:
         rows = []
         for seed in study.seeds:
             run = arm.runs[seed]
-            samples = run.evaluation_samples(0 if at_start else run.steps)
+            last = run.last_evaluation
+            samples = run.evaluation_samples(0) if at_start else run.evaluation_samples(last["step"]) if last else []
             if not samples:
                 return None
             questions, shares = _shares(samples, run.folder)

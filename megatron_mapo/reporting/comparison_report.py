@@ -180,7 +180,7 @@ def _result(results: Results, drawn: dict[str, Picture]) -> Section:
     if results.held_out is not None:
         section.tables += _outcome_tables(results, results.held_out)
         section.text.append(
-            f"Held-out pass@1 after the last step, from {results.held_out_source}. Intervals are of seeds and "
+            f"Held-out pass@1 of the last evaluation, from {results.held_out_source}. Intervals are of seeds and "
             "questions, both drawn at random (crossed random effects, Student's t); the bootstrap interval draws "
             "both anew and is too narrow with few seeds. p-values are two-sided; Holm's correction counts the "
             "configurations that are compared with the baseline."

@@ -58,6 +58,11 @@ class RunData:
         return not wanted or any(row["step"] == self.steps for row in self.evaluations)
 
     @property
+    def last_evaluation(self) -> Row | None:
+        """The last evaluation of weights that were trained."""
+        return next((row for row in reversed(self.evaluations) if row["step"] > 0), None)
+
+    @property
     def rollouts(self) -> list[Path]:
         """Files of all sequences, first step first."""
         return rollout_files(self.folder / "rollouts")

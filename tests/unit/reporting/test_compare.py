@@ -101,7 +101,7 @@ class TestVerdicts:
     def test_a_large_difference_is_found_and_none_is_not_claimed(self, runs):
         found, source = final_pass(study_of(runs, "grpo", "mapo", "idle"))
         mapo, idle = found.contrasts
-        assert source.startswith("per-question")
+        assert source == "the responses in evaluation_samples/ after step 6"
         assert mapo.estimate.value > 0.4
         assert mapo.verdict == "mapo is better than grpo"
         assert mapo.adjusted >= mapo.estimate.p_value
@@ -131,6 +131,19 @@ class TestVerdicts:
                 assert contrast.verdict.startswith("no significant difference after Holm's correction")
                 return
         pytest.fail("no case between the two limits")
+
+    def test_an_evaluation_of_the_untrained_model_is_none(self, runs, tmp_path):
+        folders = [shutil.copytree(runs[label][0], tmp_path / f"{label}-seed0") for label in ("grpo", "mapo")]
+        for folder in folders:
+            config = folder / "config.yaml"
+            config.write_text(config.read_text().replace("at_end: true", "at_end: false"))
+            file = folder / "evaluations.jsonl"
+            file.write_text(file.read_text().splitlines(keepends=True)[0])
+        found, reason = final_pass(collect(folders, None))
+        assert found is None
+        assert "trainer.evaluation" in reason
+        assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *map(str, folders)]) == 0
+        assert reason in (tmp_path / "out/report.md").read_text()
 
     def test_without_questions_seeds_are_paired(self, runs, tmp_path):
         folders = [shutil.copytree(f, tmp_path / f.name) for label in ("grpo", "mapo") for f in runs[label]]
