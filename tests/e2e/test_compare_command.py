@@ -87,6 +87,7 @@ def test_a_comparison_is_stopped_and_goes_on(workspace: Path, server_url: str) -
     assert "trainers started again after step" in (folder / "native-seed0/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_comparison_with_its_exit_code(workspace: Path) -> None:
     command = [
         *(sys.executable, "-m", "megatron_mapo", "compare", "--config", str(workspace / "config.yaml"), "--seeds", "1"),
