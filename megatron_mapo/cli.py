@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     plot = _command(commands, "plot", "draw a run's curves", _plot)
     plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
 
+    _report_parsers(commands)
+
     doctor = _run_parser(commands, "doctor", "check this machine, and what a configuration needs of it", _doctor)
     doctor.add_argument("--quick", action="store_true", help="start no server")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -201,6 +203,25 @@ def _reward_check_parser(commands: Any) -> None:
     add("--output", type=Path, metavar="FILE.jsonl", help="write all rows with all verdicts")
     add("--limit", type=_positive, metavar="N", help="only the first N rows")
     add("--show", type=_count, default=10, metavar="N", help="print at most N differing rows (default: 10)")
+
+
+def _report_parsers(commands: Any) -> None:
+    page = _command(commands, "report", "write one HTML page about a run: curves, groups, timing, events", _report)
+    page.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    page.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
+
+    parser = _command(commands, "compare", "run configurations with several seeds each, and compare them", _compare)
+    add = parser.add_argument
+    add("--config", action="append", default=[], dest="configs", metavar="FILE", help="YAML file; once a configuration")
+    add("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="compare runs that are there (NAME-seedN)")
+    add("--seeds", type=_positive, default=5, metavar="N", help="runs of each configuration (default: 5)")
+    add("--name", help="name of the comparison (default: compare-CONFIG-CONFIG)")
+    add("--baseline", metavar="CONFIG", help="what the others are compared with (default: the first)")
+    add("--target", type=float, default=0.5, metavar="X", help="accuracy to be reached (default: 0.5)")
+    add("--nproc", type=_positive, dest="processes", metavar="N", help="trainer processes (default: one a GPU)")
+    add("--output", type=Path, metavar="DIR", help="folder of the report")
+    add("overrides", nargs="*", metavar="section.key=value", help="options for all configurations")
+    _dry_run(parser)
 
 
 def _dry_run(parser: argparse.ArgumentParser) -> None:
@@ -437,6 +458,29 @@ def _plot(arguments: argparse.Namespace) -> int:
     from megatron_mapo.tracking.plots import plot_run
 
     print(plot_run(arguments.run_dir))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.reporting.run_report import report
+
+    print(report(arguments.run_dir, arguments.output))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.compare import Request, compare
+    from megatron_mapo.launch.processes import Stopped, stop_signals
+
+    given = {key: value for key, value in vars(arguments).items() if key not in ("run", "dry_run")}
+    try:
+        with stop_signals():
+            page = compare(Request(**given), arguments.dry_run)
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return stopped.exit_code
+    if page is not None:
+        print(page)
     return 0
 
 

@@ -594,7 +594,9 @@ class TrackingConfig:
     plots: bool = True
     """`curves.png` in the run folder, renewed while training."""
     samples: int = 8
-    """Sequences per step written to `samples.jsonl`."""
+    """Sequences per step written to `samples.jsonl`, as text to read."""
+    rollouts: bool = True
+    """All sequences of every step in `rollouts/step_NNNNNN.parquet`: text, reward, advantage, group, p, versions."""
     progress: bool = True
     """Live progress on the terminal."""
 

@@ -51,6 +51,7 @@ from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.evaluation import row_order
 from megatron_mapo.rollout.session import RolloutSession
 from megatron_mapo.tracking import Tracker
+from megatron_mapo.tracking.starts import describe_start
 from megatron_mapo.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -169,6 +170,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
         self.tracker = Tracker(self.run_dir, self.config.tracking, self.config.trainer.steps, self.step)
+        self.tracker.log_start(describe_start(self.config, self.runtime.world_size, str(self.runtime.device)))
 
     def _resume(self) -> None:
         chosen = self.on_main(lambda: checkpoint_files.choose(self.checkpoints, self.config.run.resume_step))
@@ -238,21 +240,28 @@ class Trainer:
         metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns["advantages"] = advantages[batch.response_sequence]
         with clock.phase("update"):
-            metrics |= self.update(batch, columns, before)
+            found, logprobs = self.update(batch, columns, before)
+        metrics |= found
         self.step += 1
         try:
             with clock.phase("weight_sync"):
                 self.sync_weights()
         except ServersLost:
             # The step is done, and its checkpoint is about to be saved: it must not miss in the log.
-            self._finish_step(batch, advantages, metrics, clock, time.perf_counter() - start)
+            self._finish_step(batch, advantages, logprobs, metrics, clock, time.perf_counter() - start)
             raise
-        self._finish_step(batch, advantages, metrics, clock, time.perf_counter() - start)
+        self._finish_step(batch, advantages, logprobs, metrics, clock, time.perf_counter() - start)
         self.health.check_finite(self.step, metrics["optim/skipped"] > 0, batch)
         self._check_mismatch(metrics)
 
     def _finish_step(
-        self, batch: SequenceBatch, advantages: Tensor, metrics: dict[str, float], clock: Clock, seconds: float
+        self,
+        batch: SequenceBatch,
+        advantages: Tensor,
+        logprobs: Tensor,
+        metrics: dict[str, float],
+        clock: Clock,
+        seconds: float,
     ) -> None:
         """Log a step that took ``seconds``."""
         metrics = metrics | {f"seconds/{name}": value for name, value in clock.seconds.items()}
@@ -260,7 +269,7 @@ class Trainer:
         metrics["speed/response_tokens_per_second"] = int(batch.response_lens.sum()) / seconds
         metrics["speed/tokens_per_second"] = len(batch.tokens) / seconds
         metrics |= self.health.compare_ranks()
-        self.on_main(lambda: self._log(batch, advantages, metrics))
+        self.on_main(lambda: self._log(batch, advantages, logprobs, metrics))
 
     def score(self, batch: SequenceBatch, clock: Clock) -> tuple[dict[str, Tensor], TokenScores | None]:
         """Per-response-token columns that the loss needs from a forward pass, and the actor's scores if made."""
@@ -293,8 +302,15 @@ class Trainer:
         old, ref, loss = columns["old_logprobs"], columns["ref_logprobs"], self.config.actor.loss
         return rewards_with_kl(batch.rewards, old, ref, batch.response_sequence, loss.kl_coef, loss.kl_estimator)
 
-    def update(self, batch: SequenceBatch, columns: dict[str, Tensor], before: TokenScores | None) -> dict[str, float]:
-        """All optimizer steps on one rollout batch, and what to log of them."""
+    def update(
+        self, batch: SequenceBatch, columns: dict[str, Tensor], before: TokenScores | None
+    ) -> tuple[dict[str, float], Tensor]:
+        """All optimizer steps on one rollout batch.
+
+        Returns:
+            what to log of them, and float32 ``[R]`` the log-probs of all response tokens before them; NaN where
+            nobody computed them.
+        """
         results: list[tuple[UpdateResult, Tensor]] = []
         for index in self._mini_batches(batch):
             part = batch.select(index)
@@ -306,7 +322,13 @@ class Trainer:
             )
             rows = self._rows_with_gradient(part, part_columns["advantages"])
             results.append((self.policy.update(part, part_columns, rows), in_part))
-        return self._update_metrics(batch, columns, before, results)
+        metrics = self._update_metrics(batch, columns, before, results)
+        if before is not None:
+            return metrics, before.logprobs
+        logprobs = torch.full_like(batch.rollout_logprobs, torch.nan)
+        scores, tokens = results[0][0].scores, results[0][1]
+        logprobs[tokens[scores.computed]] = scores.logprobs[scores.computed]
+        return metrics, logprobs
 
     def _mini_batches(self, batch: SequenceBatch) -> Iterator[Tensor]:
         """Sequence indices of each optimizer step: whole groups, in a new order every pass."""
@@ -415,6 +437,7 @@ class Trainer:
             score: the evaluation at this step, if there was one.
         """
         with self.watchdog.phase("save"):
+            self.on_main(lambda: self._main_tracker.flush())
             state = self.on_main(lambda: {"prompts": self._main_rollout.prompts.state_dict()})
             self.checkpointer.start(self.policy, self.step, state, score)
             if not self.config.trainer.async_save:
@@ -437,8 +460,9 @@ class Trainer:
             adapters = self.policy.named_adapters()
             self.main_with(adapters, lambda weights: save_adapter(weights, lora, base, out.with_name("adapter")))
 
-    def _log(self, batch: SequenceBatch, advantages: Tensor, metrics: dict[str, float]) -> None:
+    def _log(self, batch: SequenceBatch, advantages: Tensor, logprobs: Tensor, metrics: dict[str, float]) -> None:
         self._main_tracker.log(self.step, metrics | self._main_rollout.server_metrics())
+        self._main_tracker.log_rollouts(self.step, self._main_rollout.record(batch, advantages, logprobs))
         self._main_tracker.log_samples(
             self.step, self._main_rollout.describe(batch, advantages, self.config.tracking.samples)
         )

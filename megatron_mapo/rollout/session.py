@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from megatron_mapo.rollout.client import RolloutClient, read_api_key
 from megatron_mapo.rollout.dynamic_sampling import collect
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
 from megatron_mapo.rollout.pool import ServerPool, read_urls_file
+from megatron_mapo.rollout.records import rollout_columns
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
 from megatron_mapo.rollout.scoring import Scorer
 from megatron_mapo.rollout.served import check_served
@@ -118,6 +120,8 @@ class RolloutSession:
         self._last_prompts: list[Prompt] = []
         self._rounds: tuple[int, list[SequenceBatch]] = (-1, [])
         self._sampled: dict[str, float] = {}
+        # A tokenizer must not be used by two threads.
+        self._records_tokenizer = copy.deepcopy(self.tokenizer)
         self._tally: tuple[int, Tally] | None = None
 
     def _load(self, source: str, split: str, key: str, limit: int | None) -> PromptSet:
@@ -207,6 +211,18 @@ class RolloutSession:
             }
             for i in shown
         ]
+
+    def record(
+        self, batch: SequenceBatch, advantages: Tensor, trainer_logprobs: Tensor
+    ) -> Callable[[], dict[str, Any]]:
+        """The last batch as columns (see ``records.rollout_columns``), to be made by another thread."""
+        prompts = self._last_prompts
+
+        def columns() -> dict[str, list[Any]]:
+            adv_norm = self.config.actor.adv_norm
+            return rollout_columns(batch, advantages, trainer_logprobs, prompts, self._records_tokenizer, adv_norm)
+
+        return columns
 
     def await_servers(self) -> None:
         """Let servers of ``rollout.urls_file`` join and leave, and wait until one can take weights.

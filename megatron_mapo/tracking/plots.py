@@ -16,16 +16,16 @@ from megatron_mapo.tracking.jsonl import Row, read_rows
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _GREY = "#2f6fb7", "#e08214", "#2a9d6f", "#c8453b", "#7b5aa6", "#8a8f98"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2f6fb7", "#e08214", "#2a9d6f", "#c8453b", "#7b5aa6", "#8a8f98"
 _PHASE_COLOURS = {
-    "rollout": _BLUE,
-    "old_logprobs": _PURPLE,
-    "reference": _GREY,
-    "update": _ORANGE,
-    "weight_sync": _GREEN,
+    "rollout": BLUE,
+    "old_logprobs": PURPLE,
+    "reference": GREY,
+    "update": ORANGE,
+    "weight_sync": GREEN,
     "other": "#d9dce1",
 }
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -72,23 +72,23 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
         raise DataError(f"{run_dir} has no metrics.jsonl with a finished step")
     evaluations = read_rows(run_dir / "evaluations.jsonl")
     target = Path(out) if out is not None else run_dir / "curves.png"
-    with rc_context(_STYLE):  # type: ignore[arg-type]
+    with rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(15, 6.6), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(2, 4).flat
         draw: list[Callable[[Axes], None]] = [
-            lambda axes: _draw_reward(axes, rows),
-            lambda axes: _draw_evaluations(axes, evaluations),
-            lambda axes: _draw_lengths(axes, rows),
-            lambda axes: _draw_groups(axes, rows),
-            lambda axes: _draw_lines(axes, rows, "Entropy (nat per token)", [("loss/entropy", "", _PURPLE)]),
-            lambda axes: _draw_mismatch(axes, rows),
-            lambda axes: _draw_lines(axes, rows, "Gradient norm", [("optim/grad_norm", "", _RED)]),
-            lambda axes: _draw_seconds(axes, rows),
+            lambda axes: draw_reward(axes, rows),
+            lambda axes: draw_evaluations(axes, evaluations),
+            lambda axes: draw_lengths(axes, rows),
+            lambda axes: draw_shares(axes, rows),
+            lambda axes: draw_lines(axes, rows, "Entropy (nat per token)", [("loss/entropy", "", PURPLE)]),
+            lambda axes: draw_mismatch(axes, rows),
+            lambda axes: draw_lines(axes, rows, "Gradient norm", [("optim/grad_norm", "", RED)]),
+            lambda axes: draw_seconds(axes, rows),
         ]
         for axes, paint in zip(panels, draw, strict=True):
             paint(axes)
-            _finish(axes, rows, evaluations)
+            finish_panel(axes, rows, evaluations)
         figure.suptitle(f"{run_dir.resolve().name}   step {rows[-1]['step']}", x=0.01, ha="left", fontsize=12)
         temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
         figure.savefig(temporary)
@@ -112,7 +112,7 @@ def plot_evaluation(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):  # type: ignore[arg-type]
+    with rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
@@ -129,9 +129,9 @@ def _draw_pass_at_k(axes: Axes, metrics: Mapping[str, float]) -> None:
     axes.set_title("pass@k, with 95 % intervals")
     sizes = sorted(int(name.removeprefix("pass_at_")) for name in metrics if re.fullmatch(r"pass_at_\d+", name))
     value, low, high = ([metrics[f"pass_at_{k}{end}"] for k in sizes] for end in ("", "_low", "_high"))
-    axes.plot(sizes, value, color=_BLUE, marker="o", markersize=4, label="pass@k")
-    axes.fill_between(sizes, low, high, color=_BLUE, alpha=0.12, linewidth=0)
-    points = [(f"maj_at_{sizes[-1]}", sizes[-1], "majority", _ORANGE), ("greedy_accuracy", 1, "greedy", _GREEN)]
+    axes.plot(sizes, value, color=BLUE, marker="o", markersize=4, label="pass@k")
+    axes.fill_between(sizes, low, high, color=BLUE, alpha=0.12, linewidth=0)
+    points = [(f"maj_at_{sizes[-1]}", sizes[-1], "majority", ORANGE), ("greedy_accuracy", 1, "greedy", GREEN)]
     for name, k, label, colour in points:
         if name in metrics:
             # The ends of a bootstrap interval may lie on one side of the mean, by rounding at least.
@@ -152,7 +152,7 @@ def _draw_length_histogram(axes: Axes, lengths: np.ndarray, truncated: np.ndarra
     axes.set_title("Response length (tokens)")
     low, high = lengths.min() - 0.5, lengths.max() + 0.5
     edges = np.linspace(low, high, 1 + min(40, int(high - low)))
-    parts = [("complete", lengths[~truncated], _BLUE), ("cut", lengths[truncated], _RED)]
+    parts = [("complete", lengths[~truncated], BLUE), ("cut", lengths[truncated], RED)]
     shown = [part for part in parts if len(part[1])]
     labels, values, colours = ([part[i] for part in shown] for i in range(3))
     axes.hist(values, bins=edges.tolist(), stacked=True, color=colours, label=labels)
@@ -160,14 +160,14 @@ def _draw_length_histogram(axes: Axes, lengths: np.ndarray, truncated: np.ndarra
     axes.legend(loc="best")
 
 
-def _series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values where the metric is there; null becomes NaN, which leaves a gap."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     steps = np.array([step for step, _ in found], dtype=float)
     return steps, np.array([np.nan if value is None else value for _, value in found], dtype=float)
 
 
-def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
+def draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
     """A curve; a long one is drawn faint with its running mean on top."""
     if len(steps) == 0:
         return
@@ -176,14 +176,14 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour:
         axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=4)
         return
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
-    axes.plot(steps, _running_mean(values, _window(len(values))), color=colour, label=label)
+    axes.plot(steps, running_mean(values, _window(len(values))), color=colour, label=label)
 
 
 def _window(length: int) -> int:
     return max(5, length // 25)
 
 
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over a centred window that is cut at both ends and leaves NaN out."""
     present = np.isfinite(values)
     kernel = np.ones(min(window, len(values)))
@@ -192,20 +192,22 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def _draw_lines(axes: Axes, rows: Sequence[Row], title: str, lines: Sequence[tuple[str, str, str]]) -> None:
+def draw_lines(axes: Axes, rows: Sequence[Row], title: str, lines: Sequence[tuple[str, str, str]]) -> None:
+    """Metrics as curves: of each its name, its label and its colour."""
     axes.set_title(title)
     for name, label, colour in lines:
-        _line(axes, *_series(rows, name), label, colour)
+        draw_curve(axes, *series(rows, name), label, colour)
 
 
-def _draw_reward(axes: Axes, rows: Sequence[Row]) -> None:
-    accuracy = _series(rows, "reward/accuracy")
-    reward = _series(rows, "reward/mean")
+def draw_reward(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mean reward, and the accuracy where it is something else."""
+    accuracy = series(rows, "reward/accuracy")
+    reward = series(rows, "reward/mean")
     axes.set_title("Reward of the rollouts")
-    _line(axes, *reward, "mean reward", _BLUE)
+    draw_curve(axes, *reward, "mean reward", BLUE)
     # With rewards 0 and 1 the two curves are one.
     if len(accuracy[1]) and not np.array_equal(accuracy[1], reward[1], equal_nan=True):
-        _line(axes, *accuracy, "accuracy", _GREEN)
+        draw_curve(axes, *accuracy, "accuracy", GREEN)
 
 
 def accuracy_names(names: Iterable[str]) -> list[str]:
@@ -216,66 +218,74 @@ def accuracy_names(names: Iterable[str]) -> list[str]:
     return [name for name in found if name not in passes[1:-1]]
 
 
-def _draw_evaluations(axes: Axes, evaluations: Sequence[Row]) -> None:
+def draw_evaluations(axes: Axes, evaluations: Sequence[Row]) -> None:
     """Every accuracy of the evaluations, with its interval where there is one (``NAME_low``, ``NAME_high``)."""
     axes.set_title("Held-out accuracy")
     names = accuracy_names(dict.fromkeys(name for row in evaluations for name in row))
-    for name, colour in zip(names, (_BLUE, _GREEN, _ORANGE, _PURPLE), strict=False):
-        steps, values = _series(evaluations, name)
+    for name, colour in zip(names, (BLUE, GREEN, ORANGE, PURPLE), strict=False):
+        steps, values = series(evaluations, name)
         label = name.removeprefix("eval/").replace("accuracy", "").replace("_at_", "@").strip("_/ ") or "accuracy"
         axes.plot(steps, values, color=colour, label=label.replace("_", " "), marker="o", markersize=4)
-        low, high = _series(evaluations, f"{name}_low"), _series(evaluations, f"{name}_high")
+        low, high = series(evaluations, f"{name}_low"), series(evaluations, f"{name}_high")
         if len(low[0]) == len(high[0]) == len(steps):
             axes.fill_between(steps, low[1], high[1], color=colour, alpha=0.12, linewidth=0)
     if names:
         axes.set_ylim(0, 1.02)
     else:
-        _say(axes, "no evaluation")
+        say_in_panel(axes, "no evaluation")
 
 
-def _draw_lengths(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_lengths(axes: Axes, rows: Sequence[Row]) -> None:
+    """Response lengths: mean, shortest, longest."""
     axes.set_title("Response length (tokens)")
-    low, high = _series(rows, "response/length_min"), _series(rows, "response/length_max")
+    low, high = series(rows, "response/length_min"), series(rows, "response/length_max")
     if len(low[0]) and len(low[0]) == len(high[0]):
-        axes.fill_between(low[0], low[1], high[1], color=_ORANGE, alpha=0.12, linewidth=0, label="shortest to longest")
-    _line(axes, *_series(rows, "response/length_mean"), "mean", _ORANGE)
+        axes.fill_between(low[0], low[1], high[1], color=ORANGE, alpha=0.12, linewidth=0, label="shortest to longest")
+    draw_curve(axes, *series(rows, "response/length_mean"), "mean", ORANGE)
     axes.set_ylim(bottom=0)
 
 
-def _draw_groups(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_shares(axes: Axes, rows: Sequence[Row]) -> None:
+    """Groups without gradient, responses cut, tokens clipped."""
     axes.set_title("Shares")
-    _line(axes, *_series(rows, "group/zero_advantage"), "groups without gradient", _GREY)
-    _line(axes, *_series(rows, "response/truncated"), "responses cut", _RED)
-    _line(axes, *_series(rows, "loss/clip_fraction"), "tokens clipped", _BLUE)
+    draw_curve(axes, *series(rows, "group/zero_advantage"), "groups without gradient", GREY)
+    draw_curve(axes, *series(rows, "response/truncated"), "responses cut", RED)
+    draw_curve(axes, *series(rows, "loss/clip_fraction"), "tokens clipped", BLUE)
     axes.set_ylim(-0.02, 1.02)
 
 
-def _draw_mismatch(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_mismatch(axes: Axes, rows: Sequence[Row]) -> None:
+    """Difference of the log-probs of server and trainer, on a logarithmic axis."""
     axes.set_title("|server − trainer| log-prob")
     drawn = False
-    for name, label, colour in (("mismatch/abs_p99", "99th percentile", _GREY), ("mismatch/abs_mean", "mean", _BLUE)):
-        steps, values = _series(rows, name)
+    for name, label, colour in (("mismatch/abs_p99", "99th percentile", GREY), ("mismatch/abs_mean", "mean", BLUE)):
+        steps, values = series(rows, name)
         values = np.where(values > 0, values, np.nan)  # a logarithm has no zero
         drawn |= bool(np.isfinite(values).any())
-        _line(axes, steps, values, label, colour)
+        draw_curve(axes, steps, values, label, colour)
     if drawn:
+        from matplotlib.ticker import LogFormatter
+
         axes.set_yscale("log")
+        # Not the usual formatter, whose labels are formulas and need a parser of formulas.
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
-def _draw_seconds(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_seconds(axes: Axes, rows: Sequence[Row]) -> None:
     """Seconds of every phase on top of each other; what the phases leave of the step is `other`."""
     axes.set_title("Seconds per step")
-    steps, total = _series(rows, "seconds/step")
+    steps, total = series(rows, "seconds/step")
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("seconds/"))
     phases = [name.removeprefix("seconds/") for name in names if name != "seconds/step"]
     if len(steps) == 0 or not phases:
-        _say(axes, "no timing")
+        say_in_panel(axes, "no timing")
         return
     layers = [np.array([row.get(f"seconds/{p}") or 0.0 for row in rows if "seconds/step" in row]) for p in phases]
     layers.append(np.clip(np.nan_to_num(total) - np.sum(layers, axis=0), 0, None))
     if len(steps) >= _SMOOTH_FROM:
-        layers = [_running_mean(layer, _window(len(layer))) for layer in layers]
-    colours = [_PHASE_COLOURS.get(phase, _RED) for phase in phases] + [_PHASE_COLOURS["other"]]
+        layers = [running_mean(layer, _window(len(layer))) for layer in layers]
+    colours = [_PHASE_COLOURS.get(phase, RED) for phase in phases] + [_PHASE_COLOURS["other"]]
     labels = [phase.replace("_", " ") for phase in phases] + ["other"]
     if len(steps) == 1:
         bottoms = np.cumsum([0.0, *(float(layer[0]) for layer in layers[:-1])])
@@ -286,11 +296,11 @@ def _draw_seconds(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+def say_in_panel(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
-def _finish(axes: Axes, rows: Sequence[Row], evaluations: Sequence[Row]) -> None:
+def finish_panel(axes: Axes, rows: Sequence[Row], evaluations: Sequence[Row]) -> None:
     """The same steps on every panel, a legend where a curve has a name."""
     from matplotlib.ticker import MaxNLocator
 

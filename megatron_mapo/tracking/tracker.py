@@ -3,8 +3,10 @@
 ========================  ==========================================================
 ``metrics.jsonl``         one row per step
 ``samples.jsonl``         a few sequences per step
+``rollouts/``             all sequences, one parquet file per step (see ``rollouts.py``)
 ``evaluations.jsonl``     one row per evaluation
 ``evaluation_samples/``   one file per evaluation, ``step_NNNNNN.jsonl``: all of its responses
+``starts.jsonl``          one row per start of the trainers: when, after which step, layout, versions
 ``tensorboard/``          the same numbers as event files
 ``curves.png``            the picture of ``plots.plot_run``, renewed while training
 ========================  ==========================================================
@@ -14,13 +16,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mapo.tracking.jsonl import JsonlWriter, Row, replace_rows
+from megatron_mapo.tracking.jsonl import JsonlWriter, Row, read_rows, replace_rows
 from megatron_mapo.tracking.plots import accuracy_names, plot_run
 from megatron_mapo.tracking.progress import ProgressView, duration, open_progress
+from megatron_mapo.tracking.rollouts import Columns, RolloutWriter
 
 if TYPE_CHECKING:
     from megatron_mapo.config import TrackingConfig
@@ -51,6 +54,7 @@ class Tracker:
         self._metrics = JsonlWriter(self._run_dir / "metrics.jsonl", start_step)
         self._samples = JsonlWriter(self._run_dir / "samples.jsonl", start_step)
         self._evaluations = JsonlWriter(self._run_dir / "evaluations.jsonl", start_step)
+        self._rollouts = RolloutWriter(self._run_dir / "rollouts", start_step)
         for file in (self._run_dir / "evaluation_samples").glob("step_*.jsonl"):
             if not start_step or int(file.stem.removeprefix("step_")) > start_step:
                 file.unlink()
@@ -77,6 +81,21 @@ class Tracker:
         """Write sequences as the caller describes them (JSON types)."""
         for row in rows:
             self._samples.write({"step": step, **row})
+
+    def log_rollouts(self, step: int, columns: Callable[[], Columns]) -> None:
+        """Write all sequences of a step while the next one begins (see ``RolloutWriter.write``)."""
+        if self._config.rollouts:
+            self._rollouts.write(step, columns)
+
+    def log_start(self, start: Mapping[str, Any]) -> None:
+        """Write that trainers were started. These rows stay when a run goes on."""
+        path = self._run_dir / "starts.jsonl"
+        row = {"time": round(time.time(), 3), "step": self._start_step, **start}
+        replace_rows(path, [*read_rows(path), row])
+
+    def flush(self) -> None:
+        """Wait for what is still being written: a checkpoint must not be ahead of the files of its steps."""
+        self._rollouts.flush()
 
     def log_evaluation(
         self, step: int, evaluation: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()
@@ -107,6 +126,7 @@ class Tracker:
         if self._config.plots and self._last is not None:
             self._plot()
         print(self._summary(), flush=True)
+        self._rollouts.close()
 
     def _open_tensorboard(self) -> Any:
         if not self._config.tensorboard:

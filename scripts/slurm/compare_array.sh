@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The same task with several algorithms and seeds, one run an array task on one node (it trains and serves):
 # `sbatch scripts/slurm/compare_array.sh [section.key=value ...]`. Runs are named CONFIG-seedN. See gsm8k_mapo.sh.
+# Afterwards `megatron-mapo compare --runs runs/gsm8k_grpo-seed* runs/gsm8k_mapo-seed*` (docs/compare.md).
 #SBATCH --job-name=compare
 #SBATCH --array=0-5               # number of configurations x number of seeds, from 0
 #SBATCH --nodes=1

@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 
 from megatron_mapo import preemption
 from megatron_mapo.config import Config, load_config
-from megatron_mapo.data.prompts import PromptStream, load_prompts
+from megatron_mapo.data.prompts import Prompt, PromptStream, load_prompts
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.megatron import runtime
+from megatron_mapo.rollout.records import rollout_columns
 from megatron_mapo.rollout.sampler import sample_seed
 from megatron_mapo.tracking.jsonl import Row
 from megatron_mapo.train import Trainer
@@ -35,12 +36,14 @@ class FrozenSession:
         data, longest = config.data, config.rollout.max_prompt_tokens
         rows = load_prompts(data.train, data.train_split, data, tokenizer, longest, key="data.train", limit=None)
         self.prompts = PromptStream(rows, config.run.seed, data.shuffle)
+        self.tokenizer = tokenizer
+        self.asked: list[Prompt] = []
         self.weights = ""
         self.described: list[dict[str, Any]] = []
 
     def sample(self, version: int) -> SequenceBatch:
         """Random responses and rewards, the same whenever this step is done."""
-        prompts = self.prompts.next(self.config.rollout.prompts_per_step)
+        prompts = self.asked = self.prompts.next(self.config.rollout.prompts_per_step)
         n = self.config.rollout.responses_per_prompt
         seed = sample_seed(self.config.run.seed, 0, version)
         generator = torch.Generator().manual_seed(seed)
@@ -57,6 +60,12 @@ class FrozenSession:
 
     def describe(self, batch: SequenceBatch, advantages: Tensor, count: int) -> list[dict[str, Any]]:
         return self.described
+
+    def record(
+        self, batch: SequenceBatch, advantages: Tensor, trainer_logprobs: Tensor
+    ) -> Callable[[], dict[str, list[Any]]]:
+        prompts, adv_norm = self.asked, self.config.actor.adv_norm
+        return lambda: rollout_columns(batch, advantages, trainer_logprobs, prompts, self.tokenizer, adv_norm)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Remember a checksum in the place of a server."""

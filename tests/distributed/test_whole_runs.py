@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
 from megatron_mapo import checkpoint_files
+from megatron_mapo.tracking.rollouts import read_rollouts, rollout_files
 
 KILLS = 20
 STEPS = 120
@@ -167,6 +168,11 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(launcher: Launcher, w
     assert [row["step"] for row in table(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
+def sequences(run: Path) -> list[list[dict]]:
+    """All sequences of every step, file by file."""
+    return [read_rollouts(file).to_pylist() for file in rollout_files(run / "rollouts")]
+
+
 def assert_same(straight: Path, killed: Path) -> None:
     """Weights, optimizer, everything that was logged, and which checkpoints stayed."""
     here, there = load_file(killed / "export/model.safetensors"), load_file(straight / "export/model.safetensors")
@@ -174,6 +180,7 @@ def assert_same(straight: Path, killed: Path) -> None:
     assert all(torch.equal(here[name], there[name]) for name in here)
     for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
         assert table(killed / name) == table(straight / name)
+    assert sequences(killed) == sequences(straight)
     ours = checkpoint_files.complete_checkpoints(killed / "checkpoints")
     assert [s for s, _ in ours] == [s for s, _ in checkpoint_files.complete_checkpoints(straight / "checkpoints")]
     for pointer in ("latest", "best"):

@@ -16,6 +16,8 @@ from runs import command, environment, rows, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_mapo.tracking.rollouts import read_rollouts, rollout_files
+
 LOGGED = [
     *("reward/mean", "reward/accuracy", "response/length_mean", "response/truncated", "group/zero_advantage"),
     *("group/p_hist_00", "group/lambda_hist_00", "staleness/max", "weights/version", "mismatch/abs_mean"),
@@ -31,6 +33,16 @@ def numbers(table: list[dict]) -> list[dict]:
     """
     varies = ("time", "seconds", "speed", "memory", "mismatch")
     return [{k: v for k, v in row.items() if not k.startswith(varies)} for row in table]
+
+
+def sequences(run_dir: Path) -> list[dict]:
+    """All sequences of a run, but for the last bits of the server's log-probs."""
+    tables = [read_rollouts(file) for file in rollout_files(run_dir / "rollouts")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith("logprob_diff")}
+        for table in tables
+        for row in table.to_pylist()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +62,20 @@ def test_every_step_logs_what_makes_the_numbers_trustworthy(straight: Path) -> N
         assert 0 < row["mismatch/abs_max"] < 1e-3
         assert row["staleness/max"] == 0
     assert any(row["optim/grad_norm"] > 0 for row in table)
+
+
+def test_every_sequence_is_kept_beside_what_was_logged_of_it(straight: Path) -> None:
+    table, metrics = sequences(straight), rows(straight / "metrics.jsonl")
+    assert [row["step"] for row in table] == [1] * 16 + [2] * 16 + [3] * 16
+    for row in metrics:
+        mine = [sequence for sequence in table if sequence["step"] == row["step"]]
+        assert sum(sequence["reward"] for sequence in mine) / 16 == pytest.approx(row["reward/mean"])
+        assert sum(sequence["length"] for sequence in mine) / 16 == pytest.approx(row["response/length_mean"])
+        assert {sequence["weight_version_max"] for sequence in mine} == {row["weights/version"]}
+    samples = rows(straight / "samples.jsonl")
+    assert [sequence["response"] for sequence in table if sequence["step"] == 1][:8] == [
+        sample["response"] for sample in samples[:8]
+    ]
 
 
 def test_the_export_is_what_was_trained(straight: Path, workspace: Path) -> None:
@@ -110,6 +136,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(straight: Path, workspace: P
     assert "resuming from" in done.stdout
     assert numbers(rows(folder / "metrics.jsonl")) == numbers(rows(straight / "metrics.jsonl"))
     assert rows(folder / "samples.jsonl") == rows(straight / "samples.jsonl")
+    assert sequences(folder) == sequences(straight)
 
 
 @pytest.mark.parametrize(

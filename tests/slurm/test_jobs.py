@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, wait_for, words
 
+from megatron_mapo import cli
+
 SCRIPTS = Path(__file__).parents[2] / "scripts/slurm"
 VARIES = ("time", "seconds", "speed", "memory", "mismatch")
 THREE_NODES = ("--nodes=3", "--time=20", "--signal=B:USR1@60")
@@ -154,6 +156,10 @@ def test_an_array_of_seeds_and_algorithms(idle: Cluster, workspace: Path) -> Non
     settings = (workspace / "runs/native-seed5/config.yaml").read_text()
     assert "seed: 5" in settings
     assert re.findall("aggregation_mode: (.*)", settings) == ["native"]
+    report = workspace / "array-report"
+    arguments = ["compare", "--runs", str(workspace / "runs/native-seed5"), "--output", str(report)]
+    assert cli.main(arguments) == 0
+    assert list(json.loads((report / "summary.json").read_text())["runs"]) == ["native"]
 
 
 @pytest.mark.slow

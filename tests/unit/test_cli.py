@@ -71,6 +71,8 @@ class TestHelp:
             "inspect",
             "plot",
             "reward-check",
+            "report",
+            "compare",
             "doctor",
             "options",
         )

@@ -18,7 +18,7 @@ from megatron_mapo.config import TrackingConfig
 from megatron_mapo.errors import DataError
 from megatron_mapo.tracking import Tracker, plot_run
 from megatron_mapo.tracking.jsonl import JsonlWriter, read_rows
-from megatron_mapo.tracking.plots import _running_mean
+from megatron_mapo.tracking.plots import running_mean
 from megatron_mapo.tracking.progress import StatusText, duration
 
 QUIET = TrackingConfig(tensorboard=False, plots=False, progress=False)
@@ -213,7 +213,7 @@ class TestPlots:
         with pytest.raises(DataError, match=r"no metrics\.jsonl"):
             plot_run(tmp_path)
 
-    def test_the_running_mean_leaves_gaps_out(self):
+    def test_therunning_mean_leaves_gaps_out(self):
         values = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
-        assert _running_mean(values, 3).tolist() == [2.0, 2.0, 4.0, 6.0, 6.0]
-        assert np.isnan(_running_mean(np.full(4, np.nan), 3)).all()
+        assert running_mean(values, 3).tolist() == [2.0, 2.0, 4.0, 6.0, 6.0]
+        assert np.isnan(running_mean(np.full(4, np.nan), 3)).all()

@@ -1,0 +1,1 @@
+"""Pages about runs: one run (``run_report``), or several configurations side by side (``compare``)."""
