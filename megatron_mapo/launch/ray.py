@@ -550,11 +550,12 @@ def _train(
     host = cluster.address(first) if len({b.node for b in cluster.trainers}) > 1 else "127.0.0.1"
     port = cluster.get(first.host.free_port.remote(host), first)
     per_node = job.ranks_per_node
-    threads = thread_environment(config.trainer.threads or max(1, int(job.cpus_per_trainer)))
+    threads = config.trainer.threads or max(1, int(job.cpus_per_trainer))
+    arguments = [*run, f"trainer.threads={threads}"]
     for index, bundle in enumerate(cluster.trainers):
         own = rank_environments(host, port, job.processes, index * per_node, per_node)
-        ranks = [threads | rank for rank in own]
-        cluster.get(bundle.host.start.remote(run, cluster.address(bundle), ranks, str(logs)), bundle)
+        ranks = [thread_environment(threads) | rank for rank in own]
+        cluster.get(bundle.host.start.remote(arguments, cluster.address(bundle), ranks, str(logs)), bundle)
     follow = _Follow(logs / "rank-0.log")
     with save_request() as request:
         ranks_of = [_Ranks(cluster, bundle) for bundle in cluster.trainers]

@@ -42,7 +42,6 @@ def launched(workspace: Path) -> tuple[Seen, Path, str]:
     """What was seen during a run of one step, the run's folder, and what the run printed."""
     command = [sys.executable, "-m", "megatron_mapo", "launch", "local", "--config", str(workspace / "config.yaml")]
     command += ["run.name=secrets", "trainer.steps=1", "trainer.evaluation.at_start=false", "trainer.export=true"]
-    command += ["rollout.sync.mode=disk"]  # a broadcast opens a store for servers on other machines (docs/security.md)
     environment = {**os.environ, "MAPO_API_KEY": KEY, "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     seen, printed = Seen(), workspace / "printed"
     with printed.open("wb") as output:
