@@ -11,6 +11,7 @@ command lines. A cluster that is started here listens on loopback and asks for a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -32,7 +33,15 @@ from megatron_mapo.config import Config, Dtype, data_parallel_size
 from megatron_mapo.errors import ClusterError, ConfigError, RolloutError
 from megatron_mapo.launch.environment import rank_environments, thread_environment
 from megatron_mapo.launch.local import make_log_folder, say
-from megatron_mapo.launch.processes import POLL_SECONDS, STOP_SECONDS, SaveRequest, Stopped, save_request, supervise
+from megatron_mapo.launch.processes import (
+    POLL_SECONDS,
+    STOP_SECONDS,
+    Kept,
+    SaveRequest,
+    Stopped,
+    save_request,
+    supervise,
+)
 from megatron_mapo.launch.ray_hosts import Host, ServerHost, TrainerHost
 from megatron_mapo.rollout.client import read_api_key
 from megatron_mapo.rollout.server import log_tail
@@ -41,10 +50,21 @@ PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 SAY_SECONDS = 15.0
 """Between two lines about what is being waited for."""
 _CONNECT_SECONDS = 20.0
+_START_SECONDS = 180.0
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's least: nothing large goes through it."""
 _THREADS = 4
 """Calls of one actor at a time: one that waits, one that asks to save, one that stops."""
+
+_PRIVATE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    # Despite its name: without "cluster" nodes are at 127.0.0.1, else Ray takes the network's address instead.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray would kill an actor, with all that it started, when the machine's memory runs low.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+"""Environment of a cluster that only this process may use; with a key beside it."""
 
 Resources = dict[str, float]
 
@@ -194,39 +214,60 @@ def plan_rows(job: RayJob, config: Config) -> list[tuple[str, str]]:
 def connection(address: str | None, machine: Resources) -> Iterator[Any]:
     """The module ``ray``, connected to a cluster: that of ``address``, or one that is started and ends with this.
 
+    Args:
+        address: see ``RayJob``.
+        machine: resources of the cluster that is started.
+
     Raises:
         ConfigError: Ray is not installed, or the cluster cannot be reached.
+        ClusterError: the cluster that is started does not come up.
     """
     with ExitStack() as stack:
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError("launch ray needs Ray: pip install 'megatron-mapo[ray]'")
         if address is None:
-            folder = tempfile.mkdtemp(prefix="mapo-ray-")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            os.environ |= _private_cluster()
-            settings: dict[str, Any] = {
-                "address": "local",
-                "num_cpus": machine["CPU"],
-                "num_gpus": machine["GPU"],
-                "include_dashboard": False,
-                "object_store_memory": _OBJECT_STORE_BYTES,
-                "_node_ip_address": "127.0.0.1",
-                "_temp_dir": folder,
-            }
-        else:
-            _check_address(address)
-            settings = {"address": address}
-        try:
-            import ray
-        except ImportError as error:
-            raise ConfigError(f"launch ray needs Ray: pip install 'megatron-mapo[ray]' ({error})") from error
+            address = stack.enter_context(_private_cluster(machine))
+        _check_address(address)
+        import ray
+
         stack.callback(ray.shutdown)
         try:
             with _signal_handlers_stay():
-                ray.init(**settings, log_to_driver=False, logging_level=logging.WARNING)
+                ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except SystemExit as end:  # what Ray's own handler of SIGTERM raises
             raise Stopped(signal.SIGTERM) from end
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"--address {address}: {' '.join(str(error).split())}") from error
         yield ray
+
+
+@contextmanager
+def _private_cluster(machine: Resources) -> Iterator[str]:
+    """The address of a cluster of one node that only this process may use.
+
+    It is under a keeper: Ray's agents outlive the head for minutes when it is killed.
+    """
+    os.environ |= _PRIVATE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}  # before Ray is imported
+    folder = Path(tempfile.mkdtemp(prefix="mapo-ray-"))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0"]
+    command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
+    command += [f"--num-cpus={machine['CPU']:g}", f"--num-gpus={machine['GPU']:g}", f"--temp-dir={folder}"]
+    command += [f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    try:
+        with Kept(command, log=folder / "start.log") as head:
+            yield _wait_for_head(head, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_head(head: Kept, folder: Path) -> str:
+    """The address that the head writes when it is up."""
+    told, deadline = folder / "ray_current_cluster", time.monotonic() + _START_SECONDS
+    while head.poll() is None and time.monotonic() < deadline:
+        if told.exists() and (address := told.read_text().strip()):
+            return address
+        time.sleep(POLL_SECONDS)
+    raise ClusterError(f"Ray does not start on this machine:\n{log_tail(folder / 'start.log')}")
 
 
 def _check_address(address: str) -> None:
@@ -240,19 +281,6 @@ def _check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise ConfigError(f"--address {address}: no Ray cluster answers there: {error}") from error
-
-
-def _private_cluster() -> dict[str, str]:
-    """Settings of a cluster that only this process may use."""
-    return {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Despite its name: without "cluster" nodes are at 127.0.0.1, else Ray takes the network's address instead.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Ray would kill an actor, with all that it started, when the machine's memory runs low.
-        "RAY_memory_monitor_refresh_ms": "0",
-    }
 
 
 @contextmanager

@@ -89,8 +89,8 @@ def test_an_address_without_a_cluster_is_an_error_at_once(address: str, message:
 
 
 def test_without_ray_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr(ray, "_private_cluster", dict)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'megatron-mapo\[ray\]'"):
         ray.launch(RayJob(1), None, [], config(tmp_path))
 
