@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_mapo.config import Config, Dtype, data_parallel_size
-from megatron_mapo.errors import ClusterError, ConfigError, RolloutError
+from megatron_mapo.errors import ClusterError, ConfigError, Preempted, RolloutError
 from megatron_mapo.launch.environment import rank_environments, thread_environment
 from megatron_mapo.launch.local import make_log_folder, say
 from megatron_mapo.launch.processes import (
@@ -580,10 +580,13 @@ def _train(
     per_node = job.ranks_per_node
     threads = config.trainer.threads or max(1, int(job.cpus_per_trainer))
     arguments = [*run, f"trainer.threads={threads}"]
+    # Servers that others started may be anywhere, and a cluster of one node does not know an address towards them.
+    know = bool(servers) or not cluster.on_one_node
     for index, bundle in enumerate(cluster.trainers):
         own = rank_environments(host, port, job.processes, index * per_node, per_node)
         ranks = [thread_environment(threads) | rank for rank in own]
-        cluster.get(bundle.host.start.remote(arguments, cluster.address(bundle), ranks, str(logs)), bundle)
+        address = cluster.address(bundle) if know else ""
+        cluster.get(bundle.host.start.remote(arguments, address, ranks, str(logs)), bundle)
     follow = _Follow(logs / "rank-0.log")
     with save_request() as request:
         ranks_of = [_Ranks(cluster, bundle) for bundle in cluster.trainers]
@@ -594,7 +597,7 @@ def _train(
     if code and servers and all(server.missed for server in servers):
         last = servers[-1]
         raise RolloutError(f"all servers are gone; the end of {last.log}:\n{log_tail(last.log)}")
-    if code:
+    if code not in (0, Preempted.exit_code):
         say(f"the trainers failed with code {code}; the logs of all ranks are in {logs}")
     return code
 

@@ -76,12 +76,13 @@ class TrainerHost(Host):
 
         Args:
             arguments: configuration and overrides.
-            address: of this node.
+            address: of this node; gloo uses its network interface. Empty: gloo finds out.
             ranks: what each one finds in its environment besides this node's.
             logs: folder for the logs.
         """
         command = [sys.executable, "-m", "megatron_mapo.train", *arguments]
-        common = self._environment | network_environment(self._environment, address)
+        network = network_environment(self._environment, address) if address else {}
+        common = self._environment | network
         for own in ranks:
             self._commands.append(Kept(command, common | own, Path(logs) / f"rank-{own['RANK']}.log"))
 

@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 class Nodes:
-    """A head without cores and three nodes with one core each.
+    """A head without cores, and three nodes that say they have two cores and two GPUs each.
 
     Attributes:
         settings: environment with the address and the key.
@@ -39,7 +39,7 @@ class Nodes:
 
     def __init__(self, folder: str) -> None:
         self.settings = SETTINGS | {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": folder}
-        command = [sys.executable, str(Path(__file__).with_name("ray_nodes.py")), "0", "1", "1", "1"]
+        command = [sys.executable, str(Path(__file__).with_name("ray_nodes.py")), "0:0", "2:2", "2:2", "2:2"]
         self._process = subprocess.Popen(
             command, env=os.environ | self.settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -62,6 +62,13 @@ class Nodes:
         alive = [raylet for raylet in self._raylets if raylet.is_running()]
         lines = [" ".join(p.cmdline()) for raylet in alive for p in raylet.children(recursive=True)]
         return [line for line in lines if "megatron_mapo" in line]
+
+    def gpus(self, text: str) -> list[str]:
+        """GPUs that the processes with this text in their command line may use."""
+        found = [
+            p for raylet in self._raylets for p in raylet.children(recursive=True) if text in " ".join(p.cmdline())
+        ]
+        return [process.environ()["CUDA_VISIBLE_DEVICES"] for process in found]
 
     def end(self) -> None:
         assert self._process.stdin is not None
@@ -97,9 +104,10 @@ def wait_for_a_step(tree: Tree, run: Path) -> None:
 
 
 def test_a_dead_driver_takes_everything_along(nodes: Nodes, workspace: Path, start) -> None:
-    tree = start("run.name=driverless", "trainer.steps=100000", "--placement", "STRICT_SPREAD")
+    tree = start("run.name=driverless", "trainer.steps=100000", "--nproc", "2", "--placement", "STRICT_SPREAD")
     wait_for_a_step(tree, workspace / "runs/driverless")
-    assert any("server_main --serve" in line for line in nodes.ours())
+    assert set(nodes.gpus("-m megatron_mapo.train")) == {"0,1"}  # rank i takes the i-th
+    assert set(nodes.gpus("-m megatron_mapo serve")) <= {"0", "1"}
     assert nodes.with_command("megatron_mapo.train") != nodes.with_command("server_main --serve")
     tree.signal(signal.SIGKILL)
     tree.wait()
@@ -107,11 +115,11 @@ def test_a_dead_driver_takes_everything_along(nodes: Nodes, workspace: Path, sta
 
 
 def test_bundles_that_others_hold_are_waited_for(nodes: Nodes, workspace: Path, start) -> None:
-    first = start("run.name=first", "trainer.steps=100000", "--placement", "STRICT_SPREAD")
+    first = start("run.name=first", "trainer.steps=100000", "--nproc", "2", "--placement", "STRICT_SPREAD")
     wait_for_a_step(first, workspace / "runs/first")
-    second = start("run.name=second", "--wait", "2")
+    second = start("run.name=second", "--nproc", "2", "rollout.server.count=2", "--wait", "2")
     assert second.wait() == ClusterError.exit_code
-    assert "--wait 2 s; free are CPU 1." in second.text()
+    assert "--wait 2 s; free are CPU 3, GPU 3." in second.text()
     first.signal(signal.SIGINT)
     assert first.wait() == 128 + signal.SIGINT
     first.wait_over(lambda: nodes.ours() == [])
