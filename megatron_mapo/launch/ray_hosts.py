@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +26,16 @@ _OF_RAY = ("RAY_", "PYTHONBREAKPOINT", "SPT_NOENV")
 _READY = re.compile(r"^rollout\.urls=\[(.*)\]$", re.MULTILINE)
 
 
+def _end_with(parent: int) -> None:
+    """End this process when another has ended, whether or not anybody has waited for that one."""
+    select.select([os.pidfd_open(parent)], [], [])
+    os._exit(1)
+
+
 class Host:
     """What both actors share: a folder, variables of the environment, and commands that end with them.
+
+    The actor ends with the node's raylet, its parent. Ray's own watch does not see the death of one that is a zombie.
 
     Args:
         variables: to add to this node's environment.
@@ -35,6 +45,7 @@ class Host:
         own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_RAY)}
         self._environment = {**own, "PYTHONUNBUFFERED": "1", **variables}
         self._commands: list[Kept] = []
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def enter(self, folder: str) -> str:
         """Go to the folder that relative paths of the run start from.
