@@ -46,7 +46,6 @@ from megatron_mapo.launch.ray_hosts import Host, ServerHost, TrainerHost
 from megatron_mapo.rollout.client import read_api_key
 from megatron_mapo.rollout.server import log_tail
 
-PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 SAY_SECONDS = 15.0
 """Between two lines about what is being waited for."""
 _CONNECT_SECONDS = 20.0
