@@ -12,6 +12,7 @@ from megatron_mapo.config import Config, load_config
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.launch import ray
 from megatron_mapo.launch.ray import RayJob
+from megatron_mapo.launch.ray_cluster import Resources
 
 NODE = {"CPU": 16.0, "GPU": 8.0}
 
@@ -52,7 +53,7 @@ def test_ranks_of_a_node_share_a_bundle_and_servers_have_their_own(tmp_path: Pat
     ],
 )
 def test_a_run_that_no_idle_cluster_could_hold_is_refused(
-    job: RayJob, nodes: list[ray.Resources], fits: bool, tmp_path: Path
+    job: RayJob, nodes: list[Resources], fits: bool, tmp_path: Path
 ) -> None:
     settings = config(tmp_path)
     if fits:
