@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     local.add_argument("--nproc", type=_positive, metavar="N", help="trainer processes (default: one a GPU)")
     _dry_run(local)
     _slurm_parser(where)
+    _ray_parser(where)
 
     train = _run_parser(commands, "train", "train in this process (or: torchrun -m megatron_mapo.train)", _train)
     _dry_run(train)
@@ -163,6 +164,22 @@ def _slurm_parser(where: Any) -> None:
     add("--container", default="", metavar="KIND:IMAGE", help="pyxis:IMAGE or apptainer:IMAGE")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="further option of sbatch; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the script; submit nothing")
+
+
+def _ray_parser(where: Any) -> None:
+    parser = _run_parser(where, "ray", "servers and trainers in a Ray cluster", _launch_ray)
+    add = parser.add_argument
+    add("--address", metavar="HOST:PORT", help="cluster; auto: this machine's (default: RAY_ADDRESS, or a new one)")
+    add("--nproc", type=_positive, metavar="N", help="trainer ranks (default: those of one model replica)")
+    add("--trainer-nodes", type=_positive, default=1, metavar="N", help="bundles that the ranks fill (default: 1)")
+    add("--cpus-per-trainer", type=_size, default=1.0, metavar="X", help="cores that a rank reserves (default: 1)")
+    add("--cpus-per-server", type=_size, default=1.0, metavar="X", help="cores that a server reserves (default: 1)")
+    add(
+        "--placement", default="PACK", choices=["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"], help="of the bundles"
+    )
+    add("--wait", type=_size, default=600.0, metavar="SECONDS", help="until they are free (default: 600)")
+    add("--env", action="append", default=[], metavar="NAME", help="variable for the processes; may be repeated")
+    _dry_run(parser)
 
 
 def _eval_parser(commands: Any) -> None:
@@ -326,6 +343,38 @@ def _launch_slurm(arguments: argparse.Namespace) -> int:
     number = slurm.submit(script, config)
     print(f"job {number}; it writes to {config.run_dir.absolute()}/logs/slurm-{number}.out")
     return 0
+
+
+def _launch_ray(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.config import load_config
+    from megatron_mapo.hardware import settle_dtype
+
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_mapo.launch import local, ray
+    from megatron_mapo.launch.processes import Stopped, stop_signals
+
+    parallel = config.actor.parallel
+    job = ray.RayJob(
+        processes=arguments.nproc or parallel.tensor * parallel.pipeline * parallel.context,
+        trainer_nodes=arguments.trainer_nodes,
+        cpus_per_trainer=arguments.cpus_per_trainer,
+        cpus_per_server=arguments.cpus_per_server,
+        placement=arguments.placement,
+        address=arguments.address,
+        wait=arguments.wait,
+        variables=tuple(arguments.env),
+    )
+    job.check(config)
+    try:
+        with stop_signals():
+            if arguments.dry_run:
+                rows = ray.plan_rows(job, config)
+                command = local.trainer_command(arguments.config, arguments.overrides)
+                return _print_plan(settle_dtype(config), job.processes, command, rows)
+            return ray.launch(job, arguments.config, arguments.overrides, config)
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return stopped.exit_code
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -525,11 +574,14 @@ def _print_options(section: str | None) -> None:
         console.print()
 
 
-def _print_plan(config: Any, processes: int, command: list[str]) -> int:
+def _print_plan(config: Any, processes: int, command: list[str], rows: Sequence[tuple[str, str]] = ()) -> int:
     from rich.console import Console
 
     from megatron_mapo.launch.plan import make_plan, plan_table
 
+    table = plan_table(make_plan(config, processes, command))
+    for name, text in rows:
+        table.add_row(name, text)
     width = None if sys.stdout.isatty() else 160
-    Console(highlight=False, width=width).print(plan_table(make_plan(config, processes, command)))
+    Console(highlight=False, width=width).print(table)
     return 0

@@ -317,7 +317,7 @@ class ActorConfig:
 
 @dataclass
 class ServerConfig:
-    """SGLang servers that `megatron-mapo serve` and `megatron-mapo launch local` start."""
+    """SGLang servers that `megatron-mapo serve` and `megatron-mapo launch` start."""
 
     count: int = 1
     """Number of servers; server i listens on `port + i`."""

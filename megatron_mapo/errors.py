@@ -73,6 +73,12 @@ class HubError(MapoError):
     exit_code = 9
 
 
+class ClusterError(MapoError):
+    """A Ray cluster had no room for the run in time, or lost a node or a process of it."""
+
+    exit_code = 13
+
+
 class Preempted(MapoError):
     """A signal asked the run to end, and it saved a checkpoint first. The same command goes on from there.
 

@@ -5,6 +5,9 @@ the keeper's own standard input is closed, which the kernel does when the launch
 Then every descendant is ended. If the keeper itself is killed, the kernel kills the command
 (``PR_SET_PDEATHSIG``).
 
+SIGUSR1, which asks a trainer to save and end (``preemption``), is passed on. The command starts with it blocked, so
+that one which comes before the trainer looks at signals is kept and does not end it.
+
 ``python -m megatron_mapo.launch.keeper --die-with-parent COMMAND...``, which the keeper starts, becomes the
 command after it has asked the kernel for that.
 
@@ -23,6 +26,7 @@ from collections.abc import Sequence
 from megatron_mapo import process_tree
 
 DIE_WITH_PARENT = "--die-with-parent"
+SAVE = signal.SIGUSR1
 
 
 def exit_code(status: int) -> int:
@@ -42,7 +46,10 @@ def keep(command: Sequence[str]) -> int:
         # A handler and not SIG_IGN, which the command would inherit.
         signal.signal(number, lambda *_: os.write(wake, b"x"))
     start = [sys.executable, "-m", "megatron_mapo.launch.keeper", DIE_WITH_PARENT, *command]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {SAVE})
     child = subprocess.Popen(start, stdin=subprocess.DEVNULL)
+    signal.signal(SAVE, lambda *_: child.send_signal(SAVE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE})
     gone = os.pidfd_open(child.pid)
     ready, _, _ = select.select([sys.stdin.fileno(), stop, gone], [], [])
     process_tree.end(child)

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,8 @@ from rich.console import Console
 
 from megatron_mapo.config import Config, data_parallel_size
 from megatron_mapo.errors import ConfigError
-from megatron_mapo.launch.processes import Kept, supervise
+from megatron_mapo.launch.environment import free_port, rank_environments, thread_environment
+from megatron_mapo.launch.processes import Kept, save_request, supervise
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.client import read_api_key
 from megatron_mapo.rollout.server import ServerGroup
@@ -49,23 +49,13 @@ def trainer_environments(base: Mapping[str, str], config: Config, processes: int
         config: the run's configuration.
         processes: trainer processes on this machine.
     """
-    threads = str(config.trainer.threads or max(1, len(os.sched_getaffinity(0)) // processes))
-    # Trainers and servers take turns on the same cores: whoever waits must sleep and not spin.
-    common = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-    common |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    threads = config.trainer.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    common = thread_environment(threads)
     if not (config.rollout.urls or config.rollout.urls_file):
         # All servers are here too: gloo need not find out an address of this machine.
         common["GLOO_SOCKET_IFNAME"] = base.get("GLOO_SOCKET_IFNAME", "lo")
-    return [{**base, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-def free_port() -> int:
-    """A TCP port that is free on loopback right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    ranks = rank_environments("127.0.0.1", free_port(), processes, 0, processes)
+    return [{**base, **common, **rank} for rank in ranks]
 
 
 def make_log_folder(config: Config) -> Path:
@@ -103,7 +93,8 @@ def launch(config_path: str | None, overrides: Sequence[str], config: Config, pr
     """Run servers and trainers until training ends.
 
     With ``rollout.urls`` or ``rollout.urls_file`` set no server is started. Servers that end or hang are started
-    again; when none is left, the trainers find out, save a checkpoint and end.
+    again; when none is left, the trainers find out, save a checkpoint and end. SIGTERM and SIGUSR1 make the trainers
+    save and end.
 
     Args:
         config_path: YAML file, for the trainers.
@@ -139,17 +130,16 @@ def launch(config_path: str | None, overrides: Sequence[str], config: Config, pr
             arguments.append(f"rollout.urls={json.dumps(servers.urls)}")
         command = trainer_command(config_path, arguments)
         ranks = trainer_environments(environment, config, processes)
-        code = supervise([stack.enter_context(Kept(command, env)) for env in ranks], _nothing_to_check)
+        request = stack.enter_context(save_request())
+        trainers = [stack.enter_context(Kept(command, env)) for env in ranks]
+        # Servers that end are started again, and the trainers find out about those that are not.
+        code = supervise(trainers, lambda: request.pass_on(trainers))
         if code and supervisor is not None:
             supervisor.check()
     if code - 128 in signal.valid_signals():
         name = signal.Signals(code - 128).name
         console.print(f"a trainer was killed by {name}; for SIGKILL look for a lack of memory", style="red")
     return code
-
-
-def _nothing_to_check() -> None:
-    """Servers that end are started again, and the trainers find out about those that are not."""
 
 
 def say(line: str) -> None:

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol
 
-from megatron_mapo.launch.keeper import exit_code
+from megatron_mapo.launch.keeper import SAVE, exit_code
 
 STOP_SECONDS = 30.0
 """Until a keeper that was asked to end its command is killed (the kernel then kills the command)."""
@@ -58,6 +58,46 @@ def stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class SaveRequest:
+    """Whether a signal has asked for a checkpoint and an end (see ``save_request``)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._passed_on = False
+
+    def pass_on(self, commands: Iterable[CanSave]) -> None:
+        """Hand a request on, once. To be called now and then."""
+        if self.asked and not self._passed_on:
+            self._passed_on = True
+            print("asking the trainers to save and end after this step", file=sys.stderr, flush=True)
+            for command in commands:
+                command.ask_to_save()
+
+
+class CanSave(Protocol):
+    """A trainer, or several, on this machine or another."""
+
+    def ask_to_save(self) -> None:
+        """Make it finish its step, save, and end."""
+
+
+@contextmanager
+def save_request() -> Iterator[SaveRequest]:
+    """The first SIGTERM or SIGUSR1 is a request to save. SIGTERM again does what it did before, as does Ctrl-C."""
+    request = SaveRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.asked = True
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, SAVE)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Kept:
     """A command under a keeper; a context manager that ends it, with all descendants, on the way out.
 
@@ -70,7 +110,7 @@ class Kept:
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, log: Path | None = None) -> None:
-        with open(log, "wb") if log is not None else nullcontext() as output:
+        with open(log, "wb") if log is not None else nullcontext() as output, _blocked(SAVE):
             self._keeper = subprocess.Popen(
                 [sys.executable, "-m", "megatron_mapo.launch.keeper", *command],
                 stdin=subprocess.PIPE,
@@ -95,9 +135,17 @@ class Kept:
         status = self._keeper.poll()
         return None if status is None else exit_code(status)
 
+    def ask_to_save(self) -> None:
+        """Make a trainer finish its step, save, and end (``preemption``)."""
+        self._keeper.send_signal(SAVE)
+
+    def hang_up(self) -> None:
+        """Have the command ended, without waiting."""
+        self._pipe.close()
+
     def stop(self) -> None:
         """End the command and wait until it and its descendants are gone. May be called again."""
-        self._pipe.close()
+        self.hang_up()
         try:
             self._keeper.wait(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -111,7 +159,24 @@ class Kept:
         self.stop()
 
 
-def supervise(children: Sequence[Kept], check: Callable[[], None]) -> int:
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started inside do not get the signal before they look for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Child(Protocol):
+    """What ``supervise`` watches."""
+
+    def poll(self) -> int | None:
+        """Exit code; None while it runs."""
+
+
+def supervise(children: Sequence[Child], check: Callable[[], None]) -> int:
     """Wait until all children have ended, or one has failed.
 
     After a failure the others get ``FAILURE_SECONDS`` to end by themselves: the one that failed first is
@@ -141,5 +206,5 @@ def supervise(children: Sequence[Kept], check: Callable[[], None]) -> int:
     return failed
 
 
-def _first_failure(children: Sequence[Kept]) -> int:
+def _first_failure(children: Sequence[Child]) -> int:
     return next((code for child in children if (code := child.poll())), 0)

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mapo.errors import ConfigError, MapoError
+from megatron_mapo.launch.environment import free_port, network_environment
 from megatron_mapo.preemption import SIGNALS
 
 RENDEZVOUS_SECONDS = 300.0
@@ -75,14 +76,6 @@ def _interface_address(interface: str) -> str:
     raise ConfigError(f"MAPO_INTERFACE={interface} has no IPv4 address here; there are: {', '.join(interfaces)}")
 
 
-def interface_of(address: str) -> str | None:
-    """Name of the network interface with ``address``."""
-    import psutil
-
-    named = psutil.net_if_addrs().items()
-    return next((name for name, entries in named if any(entry.address == address for entry in entries)), None)
-
-
 def gpus_left(visible: str, trainers: int) -> str:
     """GPUs of a node that its trainers do not use, as ``CUDA_VISIBLE_DEVICES``.
 
@@ -109,9 +102,7 @@ def join_rendezvous(path: Path, rank: int, address: str) -> tuple[str, int]:
         ConfigError: rank 0 did not write within ``RENDEZVOUS_SECONDS``.
     """
     if rank == 0:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
+        port = free_port(address)
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
         partial.write_text(f"{address} {port}\n")
         partial.rename(path)
@@ -128,12 +119,6 @@ def join_rendezvous(path: Path, rank: int, address: str) -> tuple[str, int]:
         f"rank {rank} on {socket.gethostname()} does not see {path} after {RENDEZVOUS_SECONDS:g} s: run.output_dir "
         "must be on a file system that all nodes share"
     )
-
-
-def network_environment(environment: Mapping[str, str], address: str) -> dict[str, str]:
-    """What gloo needs: it would look up the host's own name, which fails where that is a loopback address."""
-    interface = environment.get("GLOO_SOCKET_IFNAME") or interface_of(address)
-    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def rank_environment(environment: Mapping[str, str], per_node: int, host: str, port: int) -> dict[str, str]:

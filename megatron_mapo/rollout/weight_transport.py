@@ -125,6 +125,19 @@ def _address_towards(url: str) -> str:
         return probe.getsockname()[0]
 
 
+def _listener(addresses: Iterable[str]) -> socket.socket:
+    """A socket that only those who reach this machine at one of these addresses can connect to.
+
+    torch's own store listens on every interface. Servers of this machine also reach an address that others need, so
+    loopback is left out where there is another. Several others, of several networks, take every interface.
+    """
+    wanted = set(addresses)
+    if len(wanted) > 1:
+        wanted.discard("127.0.0.1")
+    host = wanted.pop() if len(wanted) == 1 else "0.0.0.0"
+    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
 class _Group:
     """A process group of this process (rank 0) and the workers of some servers.
 
@@ -148,15 +161,25 @@ class _Group:
         """Form the group."""
         world = 1 + sum(self.workers.values())
         limit = timedelta(seconds=self.timeout)
-        self._store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, timeout=limit, wait_for_workers=False)
-        port = self._store.port
+        towards = {url: _address_towards(url) for url in self.workers}
+        listener = _listener(towards.values())
+        host, port = listener.getsockname()[:2]
+        every = host == "0.0.0.0"
+        here = "127.0.0.1" if every else host
+        self._store = dist.TCPStore(
+            *(here, port, world),
+            is_master=True,
+            timeout=limit,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         # With a connection of its own: dropping `_store` then ends the store, and with it everybody's wait in it.
-        own = dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=limit, wait_for_workers=False)
+        own = dist.TCPStore(here, port, world, is_master=False, timeout=limit, wait_for_workers=False)
         prefix = PrefixStore(self.name, own)
         calls, offset = [], 1
         for url, workers in self.workers.items():
             body = {
-                "master_address": _address_towards(url),
+                "master_address": towards[url] if every else host,
                 "master_port": port,
                 "rank_offset": offset,
                 "world_size": world,

@@ -1,4 +1,4 @@
-"""A whole run of ``launch local``, looked at from outside while it runs and afterwards."""
+"""Whole runs of ``launch local`` and ``launch ray``, looked at from outside while they run and afterwards."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ class Seen:
                 self.names[one.pid] = command or self.names.get(one.pid, "")
                 for connection in one.net_connections("inet"):
                     if connection.status == psutil.CONN_LISTEN:
-                        self.listening.add((connection.laddr.ip, one.pid))
+                        self.listening.add((connection.laddr.ip.removeprefix("::ffff:"), one.pid))
             except psutil.NoSuchProcess:  # it ended while we looked
                 continue
 
 
-@pytest.fixture(scope="module")
-def launched(workspace: Path) -> tuple[Seen, Path, str]:
+@pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def launched(workspace: Path, request: pytest.FixtureRequest) -> tuple[Seen, Path, str]:
     """What was seen during a run of one step, the run's folder, and what the run printed."""
-    command = [sys.executable, "-m", "megatron_mapo", "launch", "local", "--config", str(workspace / "config.yaml")]
-    command += ["run.name=secrets", "trainer.steps=1", "trainer.evaluation.at_start=false", "trainer.export=true"]
-    command += ["rollout.sync.mode=disk"]  # a broadcast opens a store for servers on other machines (docs/security.md)
+    where, name = request.param, f"secrets-{request.param}"
+    if where == "ray":
+        pytest.importorskip("ray")
+    command = [sys.executable, "-m", "megatron_mapo", "launch", where, "--config", str(workspace / "config.yaml")]
+    command += [f"run.name={name}", "trainer.steps=1", "trainer.evaluation.at_start=false", "trainer.export=true"]
     environment = {**os.environ, "MAPO_API_KEY": KEY, "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-    seen, printed = Seen(), workspace / "printed"
+    seen, printed = Seen(), workspace / f"printed-{where}"
     with printed.open("wb") as output:
         run = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, umask=0o027)
         try:
@@ -57,7 +59,7 @@ def launched(workspace: Path) -> tuple[Seen, Path, str]:
             run.terminate()  # the launcher ends its servers and trainers
             run.wait()
     assert run.returncode == 0, printed.read_text()
-    return seen, workspace / "runs" / "secrets", printed.read_text()
+    return seen, workspace / "runs" / name, printed.read_text()
 
 
 def test_no_command_line_shows_a_secret(launched: tuple[Seen, Path, str]) -> None:
@@ -72,7 +74,7 @@ def test_nothing_written_or_printed_holds_a_secret(launched: tuple[Seen, Path, s
     files = [file for file in folder.rglob("*") if file.is_file()]
     names = {file.name for file in files}
     assert names >= {"config.yaml", "metrics.jsonl", "samples.jsonl"}
-    assert any(name.startswith("server-") for name in names)
+    assert any(name.startswith("server-") and name.endswith(".log") for name in names)
     for secret in (KEY.encode(), TOKEN.encode()):
         assert secret not in printed.encode()
         assert not [file for file in files if secret in file.read_bytes()]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from runs import environment, rows
 
-from megatron_mapo.launch.local import free_port
+from megatron_mapo.launch.environment import free_port
 
 
 def wait_for(holds: Callable[[], object], agents: list[subprocess.Popen]) -> None:

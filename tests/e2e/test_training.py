@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -240,46 +239,3 @@ def test_the_gsm8k_recipe_runs_on_a_cpu_when_a_few_keys_are_replaced(workspace: 
     table = rows(workspace / "runs/gsm8k_mapo/metrics.jsonl")
     assert [row["optim/updates"] for row in table] == [2, 2, 2]
     assert (workspace / "runs/gsm8k_mapo/export/model.safetensors").is_file()
-
-
-def test_launch_starts_and_ends_everything(workspace: Path) -> None:
-    arguments = [sys.executable, "-m", "megatron_mapo", "launch", "local", "--config", str(workspace / "config.yaml")]
-    done = run([*arguments, "run.name=launched", "trainer.steps=1"], timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(rows(workspace / "runs/launched/metrics.jsonl")) == 1
-    assert not _processes_with("run.name=launched")
-
-
-def test_launch_leaves_nothing_behind_when_killed(workspace: Path) -> None:
-    arguments = [sys.executable, "-m", "megatron_mapo", "launch", "local", "--config", str(workspace / "config.yaml")]
-    child = subprocess.Popen(
-        [*arguments, "run.name=orphans", "trainer.steps=1000"],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    metrics = workspace / "runs/orphans/metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text()):
-        assert child.poll() is None, "the launcher ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    deadline = time.monotonic() + 60
-    while left := _processes_with(str(workspace / "runs/orphans")) + _processes_with("run.name=orphans"):
-        assert time.monotonic() < deadline, f"still running: {left}"
-        time.sleep(0.5)
-
-
-def _processes_with(text: str) -> list[tuple[int, str]]:
-    """Processes whose command line or environment mentions ``text``, but for this one."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if text in line and int(folder.name) != os.getpid():
-            found.append((int(folder.name), line))
-    return found

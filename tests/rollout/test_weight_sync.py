@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from server_support import API_KEY, EOS, changed, load, model_config, reference_logprobs, server_config, tensors
@@ -19,6 +21,7 @@ from megatron_mapo.rollout.checksum import Expected
 from megatron_mapo.rollout.client import RolloutClient, Sampling
 from megatron_mapo.rollout.server import ServerGroup
 from megatron_mapo.rollout.weight_sync import WeightSync
+from megatron_mapo.rollout.weight_transport import _listener
 
 PROMPT = [11, 12, 13, 14]
 GREEDY = Sampling(12, 0.0, (EOS,))
@@ -45,6 +48,30 @@ def test_distributed_updates_are_verified_and_effective(call, sync, model_path):
         assert report.tensors == len(list(model.parameters()))
         assert len(report.checksum) == 16
         assert_serves(call, model, version)
+
+
+def test_the_meeting_place_is_open_on_the_servers_interface_alone(call, sync, model_path):
+    sync.update(tensors(changed(model_path, 5)), 5)
+    mine = psutil.Process().net_connections("inet")
+    ports = {c.laddr.port for c in mine if c.status == psutil.CONN_LISTEN}
+    assert ports
+    for port in ports:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "host"),
+    [
+        (["127.0.0.1", "127.0.0.1"], "127.0.0.1"),
+        (["127.0.0.1", "127.0.0.3"], "127.0.0.3"),
+        (["127.0.0.3", "127.0.0.4"], "0.0.0.0"),
+    ],
+)
+def test_one_address_is_enough_unless_servers_are_in_several_networks(addresses, host):
+    with _listener(addresses) as listener:
+        assert listener.getsockname()[0] == host
 
 
 def test_buckets_are_cut_at_the_limit(call, servers, model_path, sync, monkeypatch):

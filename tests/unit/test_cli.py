@@ -79,7 +79,7 @@ class TestHelp:
         for command in commands:
             assert re.search(rf"\n    {command}\s", result.stdout)
 
-    @pytest.mark.parametrize("command", [["train"], ["launch", "local"], ["serve"], ["eval"]])
+    @pytest.mark.parametrize("command", [["train"], ["launch", "local"], ["launch", "ray"], ["serve"], ["eval"]])
     def test_of_a_run_lists_every_option(self, command: list[str]) -> None:
         result = run(*command, "--help")
         assert result.returncode == 0

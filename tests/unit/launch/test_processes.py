@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mapo.errors import RolloutError
-from megatron_mapo.launch.processes import Kept, Stopped, stop_signals, supervise
+from megatron_mapo.launch.processes import Kept, Stopped, save_request, stop_signals, supervise
 
 WAIT = 60.0
 
@@ -150,6 +150,42 @@ class TestTeardown:
             wait_until(lambda: not is_alive(command), "the command outlived its keeper")
             assert supervise([child], no_check) == 128 + signal.SIGKILL
         os.kill(family_pids(tmp_path / "pids")[1], signal.SIGKILL)  # a killed keeper cannot end the daemon
+
+
+class TestSaveRequest:
+    def test_is_kept_until_the_command_looks(self) -> None:
+        """It comes before the keeper has even started the command, and neither is ended by it."""
+        command = "import signal, sys; sys.exit(40 + signal.sigtimedwait({signal.SIGUSR1}, 60).si_signo)"
+        with Kept(python(command)) as child:
+            child.ask_to_save()
+            assert supervise([child], no_check) == 40 + signal.SIGUSR1
+
+    def test_of_a_command_that_has_ended_does_nothing(self) -> None:
+        with Kept(python("raise SystemExit(3)")) as child:
+            wait_until(lambda: child.poll() is not None, "the command did not end")
+            child.ask_to_save()
+            assert child.poll() == 3
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+    def test_is_the_first_signal_and_the_second_ends(self, number: signal.Signals) -> None:
+        asked: list[int] = []
+
+        class Trainer:
+            def ask_to_save(self) -> None:
+                asked.append(1)
+
+        def end() -> None:
+            with stop_signals(), save_request() as request:
+                request.pass_on([Trainer()])
+                assert not asked
+                signal.raise_signal(number)
+                request.pass_on([Trainer(), Trainer()])
+                request.pass_on([Trainer()])
+                assert len(asked) == 2
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Stopped, match="SIGTERM"):
+            end()
 
 
 class TestSignals:

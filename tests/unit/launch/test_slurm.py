@@ -14,6 +14,7 @@ from tiny_models import make_tiny_model
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.launch import slurm, slurm_task
+from megatron_mapo.launch.environment import interface_of
 from megatron_mapo.launch.slurm import SlurmJob
 
 
@@ -21,7 +22,7 @@ def test_the_address_is_the_one_towards_another_node() -> None:
     assert slurm_task.node_address("n1", ["n1"]) == "127.0.0.1"
     assert slurm_task.node_address("n1", ["n1", "no.such.host.invalid", "127.0.0.9"]) == "127.0.0.1"
     assert slurm_task.node_address("n1", ["n1", "n2"], interface="lo") == "127.0.0.1"
-    assert slurm_task.interface_of("127.0.0.1") == "lo"
+    assert interface_of("127.0.0.1") == "lo"
 
 
 def test_no_address_is_an_error_that_names_the_setting() -> None:
