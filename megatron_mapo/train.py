@@ -253,7 +253,7 @@ class Trainer:
         metrics["seconds/step"] = seconds
         metrics["speed/response_tokens_per_second"] = int(batch.response_lens.sum()) / seconds
         metrics["speed/tokens_per_second"] = len(batch.tokens) / seconds
-        metrics |= self.health.compare_ranks()
+        metrics |= self.health.compare_ranks(self.policy.take_own_seconds())
         self.on_main(lambda: self._log(batch, advantages, metrics))
 
     def score(self, batch: SequenceBatch, clock: Clock) -> tuple[dict[str, Tensor], TokenScores | None]:

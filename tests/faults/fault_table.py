@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent, HERE.parents[1] / "benchmarks")]
 
 import torch  # noqa: E402
-from fault_runs import CASES, Case, Outcome, make_workspace, run_case  # noqa: E402
+from fault_runs import CASES, UNDISTURBED, Case, Outcome, make_workspace, run_case  # noqa: E402
 from machine import describe_machine, machine_lines  # noqa: E402
 from report import markdown_table  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -46,7 +46,7 @@ def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as name:
         workspace = make_workspace(Path(name))
-        straight = run_case(Case("rollout", "kill", step=10_000), workspace)
+        straight = run_case(UNDISTURBED, workspace)
         assert straight.code == 0, straight.log
         rows = []
         for case in CASES:

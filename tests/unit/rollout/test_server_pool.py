@@ -96,9 +96,11 @@ def test_every_change_is_told_once_and_counted() -> None:
     assert [line.split(f"server {A} ")[1].split(";")[0] for line in lines] == [
         *("is suspect: reset", "is out: no answer", "was restarted", "is serving")
     ]
-    counts = {"servers/taken_out": 1, "servers/restarts": 1, "rollout/retries": 1}
-    assert pool.metrics() == {"servers/total": 2, "servers/serving": 2} | counts
-    assert pool.metrics() == {"servers/total": 2, "servers/serving": 2} | dict.fromkeys(counts, 0)
+    pool.copied()
+    now = {"servers/total": 2, "servers/serving": 2, "servers/slowest": 1}
+    counts = {"servers/taken_out": 1, "servers/restarts": 1, "rollout/retries": 1, "rollout/copies": 1}
+    assert pool.metrics() == now | counts
+    assert pool.metrics() == now | dict.fromkeys(counts, 0)
 
 
 def test_a_file_of_servers(tmp_path) -> None:
