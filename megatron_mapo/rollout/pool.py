@@ -25,6 +25,8 @@ NEVER_UPDATED = -1
 FIRST_BACKOFF = 5.0
 """Seconds before a server is tried again that was taken out twice without a good answer in between; then doubled."""
 LONGEST_BACKOFF = 300.0
+LONG_WAIT = 1.0
+"""Seconds that a weight update may wait, again and again, for a server that does not answer."""
 
 
 class State(StrEnum):
@@ -45,7 +47,7 @@ class Member:
         reason: why it is not serving.
         since: when it got into this state (``time.monotonic``).
         failures: failed requests since the last good one.
-        times_out: how often it was taken out since the last good answer.
+        times_out: how often it was taken out, or kept others waiting while it was, since the last good answer.
         load: responses that it is working on.
     """
 
@@ -180,14 +182,23 @@ class ServerPool:
         if member is not None and member.state is State.suspect:
             self._move(member, State.serving, "")
 
-    def take_out(self, url: str, reason: str) -> None:
-        """No more requests for a server until ``admit``."""
+    def take_out(self, url: str, reason: str, waited: float = 0.0) -> None:
+        """No more requests for a server until ``admit``.
+
+        Args:
+            url: the server.
+            reason: why.
+            waited: seconds that others waited to learn this. One that is out already and makes them wait again is
+                left alone for longer.
+        """
         member = self._members.get(url)
         if member is None:
             return
         if self._move(member, State.out, reason):
             member.times_out += 1
             self._counts["servers/taken_out"] += 1
+        elif waited >= LONG_WAIT:
+            member.times_out += 1
         member.since = time.monotonic()
 
     # -------------------------------------------------------------------------------------- weights

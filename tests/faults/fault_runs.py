@@ -17,8 +17,16 @@ from tiny_models import make_tiny_model
 HERE = Path(__file__).parent
 STEPS = 6
 RESTARTS = 1
-VERIFIER = """def even(response, answer, metadata):
+VERIFIER = """import time
+
+
+def even(response, answer, metadata):
     return sum(map(ord, response)) % 2 == 0
+
+
+def slowly_even(response, answer, metadata):
+    time.sleep(0.15)
+    return even(response, answer, metadata)
 """
 
 

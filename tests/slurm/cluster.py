@@ -11,8 +11,10 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare", "nsenter", "setpriv")
@@ -193,6 +195,11 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def revive(self, node: str) -> None:
+        """Power on a node that is off."""
+        if node not in self._holders:
+            self.start_node(node)
+
     def start_controller(self) -> None:
         """Start slurmctld."""
         self._inside(CONTROLLER, "slurmctld", "-f", f"{self.folder}/slurm.conf")
@@ -247,3 +254,12 @@ class Cluster:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(lambda: self.state(number) in ended, f"the end of job {number}", seconds)
         return self.state(number)
+
+
+@contextmanager
+def slurm_cluster(nodes: int = 4) -> Iterator[Cluster]:
+    """A cluster in a folder of its own: pytest's temporary folders have paths too long for Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as name:
+        Path(name).chmod(0o755)  # munged insists
+        with Cluster(Path(name), nodes) as running:
+            yield running
