@@ -35,6 +35,7 @@ from megatron_mapo.errors import (
     ServersLost,
     ServersOut,
     TrainingError,
+    WeightSyncError,
 )
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.health import Health
@@ -193,6 +194,17 @@ class Trainer:
         assert self.tracker is not None, "only rank 0 has a tracker"
         return self.tracker
 
+    def open_and_run(self) -> None:
+        """Open, train to the end and close. A run that its servers end keeps its finished steps."""
+        try:
+            self.open()
+            self.run()
+        except (ServersLost, WeightSyncError):
+            self.save_progress()
+            raise
+        finally:
+            self.close()
+
     def run(self) -> None:
         """Train to the end, from wherever the run stands."""
         settings = self.config.trainer
@@ -237,7 +249,7 @@ class Trainer:
         try:
             with clock.phase("weight_sync"):
                 self.sync_weights()
-        except ServersLost:
+        except (ServersLost, WeightSyncError):
             # The step is done, and its checkpoint is about to be saved: it must not miss in the log.
             self._finish_step(batch, advantages, metrics, clock, time.perf_counter() - start)
             raise
@@ -442,15 +454,7 @@ def train(config: Config) -> None:
     """Run a whole configuration on this rank."""
     preemption.install()
     process = runtime.initialize(config)
-    trainer = Trainer(config, process)
-    try:
-        trainer.open()
-        trainer.run()
-    except ServersLost:
-        trainer.save_progress()
-        raise
-    finally:
-        trainer.close()
+    Trainer(config, process).open_and_run()
     process.close()
 
 

@@ -86,7 +86,7 @@ class Outcome:
     """What became of a run.
 
     Attributes:
-        code: exit code of its last start.
+        codes: exit codes of its starts.
         log: standard output and error of all ranks and starts.
         struck_at: finished steps when the fault struck.
         saved_at: step of the newest complete checkpoint then.
@@ -95,7 +95,7 @@ class Outcome:
         folder: the run's folder.
     """
 
-    code: int
+    codes: list[int]
     log: str
     struck_at: int
     saved_at: int
@@ -104,9 +104,14 @@ class Outcome:
     folder: Path
 
     @property
+    def code(self) -> int:
+        """Of its last start."""
+        return self.codes[-1]
+
+    @property
     def again(self) -> int:
         """Finished steps that were done again."""
-        return 0 if self.resumed_from is None else self.struck_at - self.resumed_from
+        return 0 if self.resumed_from is None else max(0, self.struck_at - self.resumed_from)
 
     @property
     def lost(self) -> int:
@@ -120,7 +125,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def outcome_of(code: int, log: str, marker: Path, folder: Path, ended: float) -> Outcome:
+def outcome_of(codes: list[int], log: str, marker: Path, folder: Path, ended: float) -> Outcome:
     """Put together what a run left; ``ended`` is the time of its end."""
     struck = json.loads(marker.read_text()) if marker.exists() else {"step": 0, "saved": 0, "time": ended}
     found = re.findall(r"resuming from \S*step_(\d+)", log)
@@ -128,7 +133,7 @@ def outcome_of(code: int, log: str, marker: Path, folder: Path, ended: float) ->
     after = struck["step"] if resumed is None else resumed
     finished = [row["time"] for row in rows(folder) if row["step"] > after and row["time"] > struck["time"]]
     seconds = min(finished, default=ended) - struck["time"]
-    return Outcome(code, log, struck["step"], struck["saved"], resumed, seconds, folder)
+    return Outcome(codes, log, struck["step"], struck["saved"], resumed, seconds, folder)
 
 
 def make_workspace(folder: Path) -> Path:
@@ -177,4 +182,4 @@ def run_case(case: Case, workspace: Path) -> Outcome:
             code = process.wait(timeout=240)
         finally:
             process.kill()
-    return outcome_of(code, log.read_text(), marker, folder, time.time())
+    return outcome_of([code], log.read_text(), marker, folder, time.time())

@@ -102,11 +102,7 @@ def main() -> int:
             return True
 
         PLACES[place](stop)
-        try:
-            trainer.open()
-            trainer.run()
-        finally:
-            trainer.close()
+        trainer.open_and_run()
     except MapoError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

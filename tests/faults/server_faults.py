@@ -130,6 +130,7 @@ def run_server_case(case: ServerCase | None, servers: Servers, workspace: Path) 
     log = workspace / f"{name}.log"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MAPO_API_KEY": API_KEY, "PYTHONWARNINGS": "ignore"}
     servers.calm()
+    codes: list[int] = []
     for attempt in range(2):
         overrides = case.overrides if case is not None and attempt == 0 else ()
         with log.open("a") as out:
@@ -139,10 +140,10 @@ def run_server_case(case: ServerCase | None, servers: Servers, workspace: Path) 
                     wait_until(lambda process=process: marker.exists() or process.poll() is not None)
                     case.act(servers)
                     Path(f"{marker}.done").touch()
-                code = process.wait(timeout=240)
+                codes.append(process.wait(timeout=240))
             finally:
                 process.kill()
-        if code == 0 or attempt == 1:
+        if codes[-1] == 0:
             break
         servers.calm()
-    return outcome_of(code, log.read_text(), marker, workspace / "runs" / name, time.time())
+    return outcome_of(codes, log.read_text(), marker, workspace / "runs" / name, time.time())

@@ -88,7 +88,7 @@ def run_slurm_case(case: SlurmCase | None, cluster: Cluster, workspace: Path) ->
         wait_for(lambda: _restarts(cluster, number) == "1", "requeued")
         cluster.client("scontrol", "update", f"JobId={number}", "TimeLimit=20")
     code = int(cluster.wait_job(number) != "COMPLETED")
-    outcome = outcome_of(code, output(cluster, number), marker, run, time.time())
+    outcome = outcome_of([code], output(cluster, number), marker, run, time.time())
     for node in cluster.nodes:
         cluster.revive(node)
     return outcome

@@ -151,14 +151,19 @@ class Cluster:
             self.start_controller()
             for node in self.nodes:
                 self.start_node(node)
-            wait_for(lambda: self.idle() == len(self.nodes), "all nodes idle", 30)
-        except BaseException:
+            wait_for(lambda: self.idle() == len(self.nodes), "all nodes idle", 60)
+        except BaseException as error:
             self.down()
+            error.add_note(self.last_words())
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.down()
+
+    def last_words(self) -> str:
+        """The ends of the daemons' logs."""
+        return "\n".join(f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(self.folder.glob("*.log")))
 
     def down(self) -> None:
         """End everything."""
