@@ -410,6 +410,9 @@ class RolloutConfig:
     """Failed requests in a row after which a server is taken out, until it has got the weights anew."""
     probe_timeout: float = 30.0
     """Seconds to answer `/model_info`; a server that takes longer is taken out, and its requests go to others."""
+    straggler_ratio: float = 3.0
+    """A server that takes this many times the median seconds a token is slow: others get its requests too, and the
+    first answer counts. It has one prompt at a time until it is as fast as others."""
     wait_timeout: float = 600.0
     """Seconds to wait for a server when all are gone; then the run saves a checkpoint and ends."""
     max_logprob_diff: float | None = None
@@ -580,7 +583,8 @@ class TrainerConfig:
     max_skipped: int = 3
     """Updates whose loss or gradient is not finite are skipped; this many in a row stop the run."""
     straggler_ratio: float = 2.0
-    """Name a rank that takes this many times the median for the same local work, three steps in a row."""
+    """Name a rank that takes this many times the median, three steps in a row, for the same small piece of work or for
+    its forward and backward passes."""
     threads: int = 0
     """CPU threads of one rank; 0: all cores shared evenly by the ranks of this machine. Ignored on CUDA."""
 
@@ -871,7 +875,11 @@ _RANGES: tuple[_Check, ...] = (
         "rollout.server.startup_timeout rollout.sync.timeout reward.timeout trainer.hang_timeout "
         "trainer.collective_timeout",
     ),
-    ("greater than 1 and finite", lambda v: 1 < v < math.inf, "trainer.straggler_ratio actor.loss.dual_clip"),
+    (
+        "greater than 1 and finite",
+        lambda v: 1 < v < math.inf,
+        "trainer.straggler_ratio rollout.straggler_ratio actor.loss.dual_clip",
+    ),
     (
         "from 0 to 1",
         lambda v: 0 <= v <= 1,

@@ -38,6 +38,7 @@ from megatron_mapo.errors import (
     ServersLost,
     ServersOut,
     TrainingError,
+    WeightSyncError,
 )
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.health import Health
@@ -199,6 +200,17 @@ class Trainer:
         assert self.tracker is not None, "only rank 0 has a tracker"
         return self.tracker
 
+    def open_and_run(self) -> None:
+        """Open, train to the end and close. A run that its servers end keeps its finished steps."""
+        try:
+            self.open()
+            self.run()
+        except (ServersLost, WeightSyncError):
+            self.save_progress()
+            raise
+        finally:
+            self.close()
+
     def run(self) -> None:
         """Train to the end, from wherever the run stands."""
         settings = self.config.trainer
@@ -246,7 +258,7 @@ class Trainer:
         try:
             with clock.phase("weight_sync"):
                 self.sync_weights()
-        except ServersLost:
+        except (ServersLost, WeightSyncError):
             # The step is done, and its checkpoint is about to be saved: it must not miss in the log.
             self._finish_step(batch, advantages, logprobs, metrics, clock, time.perf_counter() - start)
             raise
@@ -268,7 +280,7 @@ class Trainer:
         metrics["seconds/step"] = seconds
         metrics["speed/response_tokens_per_second"] = int(batch.response_lens.sum()) / seconds
         metrics["speed/tokens_per_second"] = len(batch.tokens) / seconds
-        metrics |= self.health.compare_ranks()
+        metrics |= self.health.compare_ranks(self.policy.take_own_seconds())
         self.on_main(lambda: self._log(batch, advantages, logprobs, metrics))
 
     def score(self, batch: SequenceBatch, clock: Clock) -> tuple[dict[str, Tensor], TokenScores | None]:
@@ -494,15 +506,7 @@ def train(config: Config) -> None:
     """Run a whole configuration on this rank."""
     preemption.install()
     process = runtime.initialize(config)
-    trainer = Trainer(config, process)
-    try:
-        trainer.open()
-        trainer.run()
-    except ServersLost:
-        trainer.save_progress()
-        raise
-    finally:
-        trainer.close()
+    Trainer(config, process).open_and_run()
     process.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,13 @@ from megatron_mapo.config import OptimConfig
 from megatron_mapo.megatron.model import PolicyModel
 
 
-def data_parallel(chunks: list[PolicyModel], optim: OptimConfig) -> list[DistributedDataParallel]:
-    """Wrap the model: gradients are summed (never averaged) over data and context ranks in float32."""
+def data_parallel(
+    chunks: list[PolicyModel], optim: OptimConfig, before_reduction: Callable[[], None]
+) -> list[DistributedDataParallel]:
+    """Wrap the model: gradients are summed (never averaged) over data and context ranks in float32.
+
+    ``before_reduction`` is called when this rank's gradients are complete and others' are waited for.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=optim.distributed,
@@ -28,16 +34,17 @@ def data_parallel(chunks: list[PolicyModel], optim: OptimConfig) -> list[Distrib
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
-    config.finalize_model_grads_func = _finalize
+
+    def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+        """megatron's reductions, without its division by a token count: ``token_weight`` did that."""
+        before_reduction()
+        finalize_model_grads(model, None, **kwargs)
+
+    config.finalize_model_grads_func = finalize
     if optim.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
-
-
-def _finalize(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
-    """megatron's reductions, without its division by a token count: ``token_weight`` did that."""
-    finalize_model_grads(model, None, **kwargs)
 
 
 def build_optimizer(

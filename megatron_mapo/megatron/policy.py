@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,8 @@ class Policy:
     def __init__(self, config: Config, runtime: Runtime, model_path: str | Path, total_updates: int) -> None:
         self.config, self.runtime, self.model_path = config, runtime, Path(model_path)
         self.chunks, self.hf = build_model(config, model_path, runtime.device)
-        self.ddp = data_parallel(self.chunks, config.actor.optim)
+        self.ddp = data_parallel(self.chunks, config.actor.optim, self._gradients_are_complete)
+        self._update_began = self._own_seconds = 0.0
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.actor.optim, total_updates)
         self.reference: Reference | None = None
         if config.actor.loss.kl_coef > 0:
@@ -225,6 +227,7 @@ class Policy:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._update_began = time.perf_counter()
         microbatches = self._microbatches(batch, rows, columns)
         outputs = self._run(self.ddp, microbatches, forward_only=False)
         loss, packed_tokens = self._total(outputs, microbatches)
@@ -237,6 +240,16 @@ class Policy:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             packed_tokens=packed_tokens,
         )
+
+    def _gradients_are_complete(self) -> None:
+        self.runtime.wait_for_compute()
+        self._own_seconds += time.perf_counter() - self._update_began
+
+    def take_own_seconds(self) -> float:
+        """Seconds that forward and backward passes of updates took here, up to the reduction of gradients, since the
+        last call. Ranks of other data-parallel replicas are not waited for in them."""
+        seconds, self._own_seconds = self._own_seconds, 0.0
+        return seconds
 
     def _step(self) -> float:
         """One optimizer step; returns the gradient norm, or NaN if that is not finite and nothing was changed."""

@@ -62,6 +62,11 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def wait_for_compute(self) -> None:
+        """Wait for this rank's own kernels, not for collectives on other streams."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def peak_memory_gib(self) -> float:
         """Most memory in use so far: of the device on CUDA, of the process on CPU (GiB)."""
         if self.device.type == "cuda":

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import aiohttp
 
 from megatron_mapo.errors import RolloutError, ServersOut
 from megatron_mapo.rollout.pool import NEVER_UPDATED, ServerPool, State
+from megatron_mapo.rollout.speeds import Work
 
 RETRY_SECONDS = 0.5
 """Wait before the first retry; doubled for each further one."""
@@ -61,6 +62,25 @@ class Response:
     weight_versions: list[int]
     truncated: bool
     finish_reason: str
+
+
+@dataclass(eq=False)
+class _Request:
+    """A prompt on its way to its responses.
+
+    Attributes:
+        body: of ``/generate``.
+        n: responses that are asked for.
+        sampling: how.
+        late: set when another server shall get it too.
+        works: servers that work on it.
+    """
+
+    body: dict[str, Any]
+    n: int
+    sampling: Sampling
+    late: asyncio.Event = field(default_factory=asyncio.Event)
+    works: list[Work] = field(default_factory=list)
 
 
 class _Retryable(RolloutError):
@@ -146,6 +166,16 @@ def _generate_body(token_ids: Sequence[int], n: int, sampling: Sampling, seeds: 
     }
 
 
+async def _first_good(tries: Iterable[asyncio.Task[list[Response]]]) -> list[Response]:
+    """What the first of ``tries`` gives that does not fail; the failure of the last if all do."""
+    pending = set(tries)
+    while True:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        task = min(done, key=lambda task: task.exception() is not None)
+        if task.exception() is None or not pending:
+            return task.result()
+
+
 def read_api_key(path: str | None) -> str | None:
     """The servers' API key: the content of ``path``, else the environment's ``MAPO_API_KEY``, else none.
 
@@ -198,6 +228,7 @@ class RolloutClient:
         self.vocab_size = vocab_size
         self.probe_timeout = min(probe_timeout, timeout)
         self._running: dict[str, set[asyncio.Task]] = {}
+        self._requests: set[_Request] = set()
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
 
@@ -310,25 +341,55 @@ class RolloutClient:
         """
         if seeds is not None and len(seeds) != n:
             raise ValueError(f"{len(seeds)} seeds for {n} responses")
-        body = _generate_body(token_ids, n, sampling, seeds)
+        request = _Request(_generate_body(token_ids, n, sampling, seeds), n, sampling)
+        self._requests.add(request)
+        tries = {asyncio.ensure_future(self._persist(request))}
+        late = asyncio.ensure_future(request.late.wait())
+        try:
+            await asyncio.wait({*tries, late}, return_when=asyncio.FIRST_COMPLETED)
+            if request.late.is_set() and request.works:
+                self.pool.copied()
+                tries.add(asyncio.ensure_future(self._persist(request, [work.url for work in request.works])))
+            return await _first_good(tries)
+        finally:
+            self._requests.discard(request)
+            for task in (*tries, late):
+                task.cancel()
+            await asyncio.gather(*tries, late, return_exceptions=True)
+
+    async def _persist(self, request: _Request, besides: Sequence[str] = ()) -> list[Response]:
+        """Try one server after the other, those of ``besides`` last."""
         failed: list[str] = []
         refused: list[str] = []
         while True:
-            url = await self._pick(failed)
-            member = self.pool[url]
-            member.load += n  # before the next request looks for a server
+            url = await self._pick([*besides, *failed])
             try:
-                responses = await self._cancellable(url, self._generate_on(url, body, n, sampling))
+                return await self._try(request, url)
             except (_Retryable, Refused) as error:
                 failed.append(url)
                 refused += [url] if isinstance(error, Refused) else []
                 await self._count(url, failed, refused, error)
-            else:
-                self.pool.succeeded(url)
-                return responses
-            finally:
-                member.load -= n
             await asyncio.sleep(RETRY_SECONDS * 2 ** (len(failed) - 1))
+
+    async def _try(self, request: _Request, url: str) -> list[Response]:
+        """One try of a request on a server."""
+        member, speeds = self.pool[url], self.pool.speeds
+        member.load += request.n  # before the next request looks for a server
+        work = speeds.begin(url, request.sampling.max_tokens)
+        request.works.append(work)
+        try:
+            responses = await self._cancellable(url, self._generate_on(url, request.body, request.n, request.sampling))
+            longest = max(len(response.token_ids) for response in responses)
+            speeds.answered(work, longest)
+            for other in request.works:
+                if other is not work:
+                    speeds.beaten(other, longest)
+            self.pool.succeeded(url)
+            return responses
+        finally:
+            request.works.remove(work)
+            speeds.drop(work)
+            member.load -= request.n
 
     async def _count(self, url: str, failed: list[str], refused: list[str], error: RolloutError) -> None:
         """After a failed try: think about the server, and give the request up if that was its last one."""
@@ -395,20 +456,36 @@ class RolloutClient:
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Inside, servers with requests, and suspects, are asked every ``WATCH_SECONDS`` whether they are there."""
+        """Inside, servers with requests, and suspects, are asked every ``WATCH_SECONDS`` whether they are there.
 
-        async def watch() -> None:
+        Requests of slow ones go to others too.
+        """
+
+        async def ask() -> None:
             while True:
                 busy = [u for u in self.urls if self.pool[u].load and self.pool[u].state is State.serving]
                 await asyncio.gather(*map(self.probe, [*busy, *self.pool.in_state(State.suspect)]))
                 await asyncio.sleep(WATCH_SECONDS)
 
-        task = asyncio.create_task(watch())
+        async def compare() -> None:
+            while True:
+                await asyncio.sleep(WATCH_SECONDS)
+                self._find_late()
+
+        tasks = [asyncio.create_task(ask()), asyncio.create_task(compare())]
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _find_late(self) -> None:
+        """Requests that only slow servers work on go to another one too. There is one: not all can be slow."""
+        slow = self.pool.name_slow()
+        for request in self._requests:
+            if request.works and all(work.url in slow for work in request.works):
+                request.late.set()
 
     async def _generate_on(self, url: str, body: dict[str, Any], n: int, sampling: Sampling) -> list[Response]:
         if n > 1:

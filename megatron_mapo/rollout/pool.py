@@ -2,7 +2,8 @@
 
 A server *serves* when it holds the trainer's current weights. One whose request failed is *suspect*: it gets no
 requests until it has answered ``/model_info`` with the right weight version. One that does not answer, that fails again
-and again, or that reports another version is *out*: it comes back only with a weight update that was verified.
+and again, or that reports another version is *out*: it comes back only with a weight update that was verified. A
+serving one that is *slow* has one request at a time, which tells when it is slow no more.
 
 Plain bookkeeping, without requests of its own: ``RolloutClient`` and ``WeightSync`` find the facts.
 """
@@ -17,12 +18,15 @@ from pathlib import Path
 
 from megatron_mapo.config import is_server_url
 from megatron_mapo.errors import RolloutError
+from megatron_mapo.rollout.speeds import Speeds
 
 NEVER_UPDATED = -1
 """Weight version of a server that still has the weights that it was started with."""
 FIRST_BACKOFF = 5.0
 """Seconds before a server is tried again that was taken out twice without a good answer in between; then doubled."""
 LONGEST_BACKOFF = 300.0
+LONG_WAIT = 1.0
+"""Seconds that a weight update may wait, again and again, for a server that does not answer."""
 
 
 class State(StrEnum):
@@ -43,7 +47,7 @@ class Member:
         reason: why it is not serving.
         since: when it got into this state (``time.monotonic``).
         failures: failed requests since the last good one.
-        times_out: how often it was taken out since the last good answer.
+        times_out: how often it was taken out, or kept others waiting while it was, since the last good answer.
         load: responses that it is working on.
     """
 
@@ -67,11 +71,13 @@ class ServerPool:
         urls: base addresses.
         max_failures: failed requests in a row after which a server is out.
         max_staleness: how many versions older than the current one the weights of a response may be.
+        straggler_ratio: see ``Speeds``.
         log: called with one line for every change of state.
 
     Attributes:
         version: of the trainer's weights; None before the first update (then no version is asked for).
         stalled_since: since when no response came because no server serves (``time.monotonic``); else None.
+        speeds: how fast the servers are.
     """
 
     def __init__(
@@ -79,14 +85,17 @@ class ServerPool:
         urls: Iterable[str],
         max_failures: int = 3,
         max_staleness: int = 0,
+        straggler_ratio: float = 3.0,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.max_failures, self.max_staleness = max_failures, max_staleness
+        self.speeds = Speeds(straggler_ratio)
         self.version: int | None = None
         self.stalled_since: float | None = None
         self._log = log
         self._members = {member.url: member for member in map(Member, _trimmed(urls))}
-        self._counts = dict.fromkeys(("servers/taken_out", "servers/restarts", "rollout/retries"), 0)
+        self._counts = dict.fromkeys(("servers/taken_out", "servers/restarts", "rollout/retries", "rollout/copies"), 0)
+        self._slow: dict[str, float] = {}
 
     @classmethod
     def of(cls, servers: ServerPool | Sequence[str]) -> ServerPool:
@@ -115,9 +124,35 @@ class ServerPool:
     # ------------------------------------------------------------------------------------- requests
 
     def pick(self, failed: Sequence[str] = ()) -> str | None:
-        """The serving server that failed least often in ``failed`` and, of these, has the least to do."""
+        """The serving server that failed least often in ``failed`` and, of these, has the least to do.
+
+        A slow one that has something to do comes after all others.
+        """
         serving = self.in_state(State.serving)
-        return min(serving, key=lambda url: (failed.count(url), self._members[url].load), default=None)
+        slow, _ = self.speeds.compare(serving)
+
+        def order(url: str) -> tuple[int, bool, int]:
+            load = self._members[url].load
+            return failed.count(url), url in slow and load > 0, load
+
+        return min(serving, key=order, default=None)
+
+    def name_slow(self) -> set[str]:
+        """Serving servers that are slow now; says which have become so, and which are not any more."""
+        serving = self.in_state(State.serving)
+        slow, _ = self.speeds.compare(serving)
+        for url in slow.keys() - self._slow.keys():
+            took = self.speeds.milliseconds(url)
+            self._log(f"server {url} is slow: {took:.3g} ms a token, {slow[url]:.1f} times the median")
+        for url in self._slow.keys() - slow.keys():
+            if url in serving:
+                self._log(f"server {url} is not slow any more: {self.speeds.milliseconds(url):.3g} ms a token")
+        self._slow = slow
+        return set(slow)
+
+    def copied(self) -> None:
+        """A request that a slow server works on went to another one as well."""
+        self._counts["rollout/copies"] += 1
 
     def succeeded(self, url: str) -> None:
         """A server gave a good response."""
@@ -147,14 +182,23 @@ class ServerPool:
         if member is not None and member.state is State.suspect:
             self._move(member, State.serving, "")
 
-    def take_out(self, url: str, reason: str) -> None:
-        """No more requests for a server until ``admit``."""
+    def take_out(self, url: str, reason: str, waited: float = 0.0) -> None:
+        """No more requests for a server until ``admit``.
+
+        Args:
+            url: the server.
+            reason: why.
+            waited: seconds that others waited to learn this. One that is out already and makes them wait again is
+                left alone for longer.
+        """
         member = self._members.get(url)
         if member is None:
             return
         if self._move(member, State.out, reason):
             member.times_out += 1
             self._counts["servers/taken_out"] += 1
+        elif waited >= LONG_WAIT:
+            member.times_out += 1
         member.since = time.monotonic()
 
     # -------------------------------------------------------------------------------------- weights
@@ -178,6 +222,7 @@ class ServerPool:
     def restarted(self, url: str) -> None:
         """A server lost the weights that it was given before."""
         self._counts["servers/restarts"] += 1
+        self.speeds.forget(url)
         self._log(f"server {url} was restarted; it gets the weights before it serves")
 
     # ----------------------------------------------------------------------------------- membership
@@ -187,6 +232,7 @@ class ServerPool:
         wanted = _trimmed(urls)
         for url in [url for url in self._members if url not in wanted]:
             del self._members[url]
+            self.speeds.forget(url)
             self._log(f"server {url} leaves")
         for url in wanted:
             if url not in self._members:
@@ -208,10 +254,13 @@ class ServerPool:
         return "; ".join(f"{member.url} is {member.state}: {member.reason}" for member in waiting) or "there are none"
 
     def metrics(self) -> dict[str, float]:
-        """``servers/total``, ``servers/serving`` now; ``servers/taken_out``, ``servers/restarts`` and
-        ``rollout/retries`` (failed requests) since the last call."""
+        """``servers/total``, ``servers/serving``, ``servers/slowest`` (its seconds a token over the median) now;
+        ``servers/taken_out``, ``servers/restarts``, ``rollout/retries`` (failed requests) and ``rollout/copies``
+        (requests of slow servers that others got too) since the last call."""
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
-        gauges = {"servers/total": len(self._members), "servers/serving": len(self.in_state(State.serving))}
+        serving = self.in_state(State.serving)
+        _, slowest = self.speeds.compare(serving)
+        gauges = {"servers/total": len(self._members), "servers/serving": len(serving), "servers/slowest": slowest}
         return {name: float(value) for name, value in (gauges | counts).items()}
 
     def _move(self, member: Member, state: State, reason: str) -> bool:

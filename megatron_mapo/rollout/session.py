@@ -79,6 +79,8 @@ def open_client(
     """A client of servers that hold the model of ``model_path``."""
     hf, rollout = json.loads((model_path / "config.json").read_text()), config.rollout
     check_served(hf, rollout.max_prompt_tokens + rollout.max_response_tokens, on_cpu=not has_accelerator())
+    if not isinstance(servers, ServerPool):
+        servers = ServerPool(servers, rollout.max_failures, straggler_ratio=rollout.straggler_ratio)
     # The model's vocabulary, not the tokenizer's: many models have rows that no text leads to.
     return RolloutClient(
         servers, api_key, rollout.timeout, rollout.retries, hf["vocab_size"], probe_timeout=rollout.probe_timeout
@@ -110,7 +112,8 @@ class RolloutSession:
         self.scorer = Scorer(self.tokenizer, self.rewards)
         api_key = read_api_key(config.rollout.api_key_file)
         rollout = config.rollout
-        self.pool = ServerPool(server_urls(config), rollout.max_failures, log=_say)
+        ratio = rollout.straggler_ratio
+        self.pool = ServerPool(server_urls(config), rollout.max_failures, straggler_ratio=ratio, log=_say)
         client = open_client(config, model_path, self.pool, api_key)
         stop = stop_token_ids(model_path, self.tokenizer.eos_token_id)
         self.sampler = Sampler(client, rollout, self.scorer, stop)

@@ -173,11 +173,19 @@ class WeightSync:
     async def _roll_call(self, urls: Sequence[str] | None = None) -> list[str]:
         """Those of ``urls`` (default: that are worth an update) that answer; the others are out of the pool."""
         chosen = self.pool.candidates() if urls is None else list(urls)
-        found = await asyncio.gather(*map(self._introduce, chosen), return_exceptions=True)
-        for url, failure in zip(chosen, found, strict=True):
-            if isinstance(failure, RolloutError):
-                self.pool.take_out(url, str(failure))
-            elif failure is not None:
+
+        async def ask(url: str) -> RolloutError | None:
+            began = time.monotonic()
+            try:
+                await self._introduce(url)
+            except RolloutError as error:
+                self.pool.take_out(url, str(error), time.monotonic() - began)
+                return error
+            return None
+
+        found = await asyncio.gather(*map(ask, chosen), return_exceptions=True)
+        for failure in found:
+            if failure is not None and not isinstance(failure, RolloutError):
                 raise failure
         refusals = [failure for failure in found if isinstance(failure, Refused | WeightSyncError)]
         if refusals and len(refusals) == len(self.pool.urls):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fault_runs import Case, Outcome, make_workspace, run_case
+from fault_runs import UNDISTURBED, Outcome, make_workspace, run_case
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +17,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def straight(workspace: Path) -> Outcome:
     """A run whose fault never comes."""
-    outcome = run_case(Case("rollout", "kill", step=10_000), workspace)
+    outcome = run_case(UNDISTURBED, workspace)
     assert outcome.code == 0, outcome.log[-4000:]
     return outcome

@@ -10,12 +10,24 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tiny_models import make_tiny_model
 
 HERE = Path(__file__).parent
 STEPS = 6
 RESTARTS = 1
+VERIFIER = """import time
+
+
+def even(response, answer, metadata):
+    return sum(map(ord, response)) % 2 == 0
+
+
+def slowly_even(response, answer, metadata):
+    time.sleep(0.15)
+    return even(response, answer, metadata)
+"""
 
 
 @dataclass(frozen=True)
@@ -24,9 +36,9 @@ class Case:
 
     Attributes:
         place, action, rank, step: see ``faulty_trainer``.
-        exit_code: of the first start; None where it does not end at all (a NaN that is skipped).
-        says: what standard error must say.
+        says: what the run must print.
         same: the run ends with the undisturbed run's bits.
+        ends_well: the run ends with all its steps done.
     """
 
     place: str
@@ -39,7 +51,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.action} in {self.place}, rank {self.rank}"
+        return "undisturbed" if self.step > STEPS else f"{self.action} in {self.place}, rank {self.rank}"
 
 
 KILLS = [
@@ -62,7 +74,11 @@ NUMBERS = [
     Case("loss", "nan for ever", 0, says=r"number 2 in a row \(trainer\.max_skipped\)", same=False, ends_well=False),
 ]
 DISK = [Case("save, manifest", "full disk", says=r"could not write .*No space left on device")]
-CASES = [*KILLS, *HANGS, *NUMBERS, *DISK]
+PASSES = r"warning: rank 1 on \S+ takes \d+\.\d times as long as others for the forward and backward passes"
+SLOW = [Case("forward", "slow", 1, step=2, says=PASSES)]
+CASES = [*KILLS, *HANGS, *NUMBERS, *DISK, *SLOW]
+UNDISTURBED = Case("rollout", "kill", step=10_000)
+"""Its fault never comes."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +86,54 @@ class Outcome:
     """What became of a run.
 
     Attributes:
-        code: exit code of torchrun.
-        log: standard output and error of all ranks.
+        codes: exit codes of its starts.
+        log: standard output and error of all ranks and starts.
         struck_at: finished steps when the fault struck.
+        saved_at: step of the newest complete checkpoint then.
         resumed_from: step of the checkpoint that the next start went on from; None if there was none.
-        recovered: seconds from the fault to the end of the next finished step.
+        seconds: from the fault to the end of the next finished step, or of the run if there was none.
         folder: the run's folder.
     """
 
-    code: int
+    codes: list[int]
     log: str
     struck_at: int
+    saved_at: int
     resumed_from: int | None
-    recovered: float
+    seconds: float
     folder: Path
 
     @property
-    def lost(self) -> int:
+    def code(self) -> int:
+        """Of its last start."""
+        return self.codes[-1]
+
+    @property
+    def again(self) -> int:
         """Finished steps that were done again."""
-        return 0 if self.resumed_from is None else self.struck_at - self.resumed_from
+        return 0 if self.resumed_from is None else max(0, self.struck_at - self.resumed_from)
+
+    @property
+    def lost(self) -> int:
+        """Those of them that a complete checkpoint held when the fault struck."""
+        return 0 if self.resumed_from is None else max(0, self.saved_at - self.resumed_from)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def outcome_of(codes: list[int], log: str, marker: Path, folder: Path, ended: float) -> Outcome:
+    """Put together what a run left; ``ended`` is the time of its end."""
+    struck = json.loads(marker.read_text()) if marker.exists() else {"step": 0, "saved": 0, "time": ended}
+    found = re.findall(r"resuming from \S*step_(\d+)", log)
+    resumed = int(found[-1]) if found else None
+    after = struck["step"] if resumed is None else resumed
+    finished = [row["time"] for row in rows(folder) if row["step"] > after and row["time"] > struck["time"]]
+    seconds = min(finished, default=ended) - struck["time"]
+    return Outcome(codes, log, struck["step"], struck["saved"], resumed, seconds, folder)
 
 
 def make_workspace(folder: Path) -> Path:
@@ -97,11 +142,13 @@ def make_workspace(folder: Path) -> Path:
     rows = [{"question": f"What is {a} plus {a * 7 % 5}?", "answer": str(a + a * 7 % 5)} for a in range(23)]
     for name in ("train.jsonl", "heldout.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "verifier.py").write_text(VERIFIER)
     (folder / "config.yaml").write_text(
         f"""
 run: {{output_dir: {folder / "runs"}}}
 model: {{path: {folder / "model"}, dtype: float32}}
 data: {{train: train.jsonl, eval: heldout.jsonl}}
+reward: {{name: "{folder / "verifier.py"}:even"}}
 actor: {{optim: {{lr: 1.0e-3}}, microbatch_tokens: 512}}
 rollout:
   {{prompts_per_step: 3, responses_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 12, wait_timeout: 2}}
@@ -131,23 +178,8 @@ def run_case(case: Case, workspace: Path) -> Outcome:
     with log.open("w") as out:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        recovered = _wait(process, marker, folder / "metrics.jsonl")
-    text = log.read_text()
-    resumed = re.findall(r"resuming from \S*step_(\d+)", text)
-    struck = json.loads(marker.read_text())["step"] if marker.exists() else 0
-    return Outcome(process.returncode, text, struck, int(resumed[-1]) if resumed else None, recovered, folder)
-
-
-def _wait(process: subprocess.Popen[bytes], marker: Path, metrics: Path, patience: float = 240.0) -> float:
-    """Until the run is over; returns the seconds from the fault to the next step (NaN if there was none)."""
-    deadline, recovered = time.monotonic() + patience, float("nan")
-    while process.poll() is None:
-        if time.monotonic() > deadline:
+        try:
+            code = process.wait(timeout=240)
+        finally:
             process.kill()
-            raise TimeoutError("the run does not end")
-        time.sleep(0.05)
-        if recovered != recovered and marker.exists() and metrics.exists():
-            struck = json.loads(marker.read_text() or '{"time": 1e18}')["time"]
-            if metrics.stat().st_mtime > struck + 0.05:
-                recovered = metrics.stat().st_mtime - struck
-    return recovered
+    return outcome_of([code], log.read_text(), marker, folder, time.time())

@@ -27,11 +27,13 @@ from frozen_trainer import FrozenSession, FrozenTrainer  # noqa: E402
 from megatron_mapo.config import load_config  # noqa: E402
 from megatron_mapo.errors import MapoError  # noqa: E402
 from megatron_mapo.megatron import checkpoint, policy, runtime  # noqa: E402
+from megatron_mapo.train import Trainer  # noqa: E402
 
 ACTIONS: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(1e6),
+    "slow": lambda: time.sleep(0.5),
     "full disk": lambda: _fail(OSError(28, "No space left on device")),
 }
 
@@ -46,7 +48,8 @@ class Fault:
 
     Attributes:
         place: see ``PLACES``.
-        action: see ``ACTIONS``; ``nan`` and ``nan for ever`` for the place ``loss``.
+        action: see ``ACTIONS``; ``nan`` and ``nan for ever`` for the place ``loss``. ``slow`` and ``nan for ever`` do
+            not end.
         rank, step: where and when.
         marker: written when it happens; while it exists nothing goes wrong.
     """
@@ -60,7 +63,7 @@ class Fault:
     def due(self, trainer: FrozenTrainer) -> bool:
         """It is time, on this rank, for the first time."""
         here = trainer.runtime.rank == self.rank and trainer.step + 1 >= self.step
-        return here and (self.action == "nan for ever" or not self.marker.exists())
+        return here and (self.action in ("slow", "nan for ever") or not self.marker.exists())
 
     def strike(self, trainer: FrozenTrainer) -> None:
         """Do it, if it is due."""
@@ -69,8 +72,20 @@ class Fault:
             ACTIONS[self.action]()
 
     def mark(self, trainer: FrozenTrainer) -> None:
-        """Remember that it happened."""
-        self.marker.write_text(json.dumps({"step": trainer.step, "time": time.time()}))
+        """Remember that it happened, and when it began."""
+        if self.marker.exists():
+            return
+        mark(self.marker, trainer)
+
+
+def mark(marker: Path, trainer: Trainer) -> None:
+    """Write what a run has at this moment: finished steps, and the step of its newest complete checkpoint."""
+    saved = checkpoint.checkpoint_files.complete_checkpoints(trainer.checkpoints)
+    newest = saved[-1][0] if saved else 0
+    text = json.dumps({"step": trainer.step, "saved": newest, "time": time.time()})
+    unfinished = marker.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.rename(marker)
 
 
 def _before(owner: Any, name: str, act: Callable[[], None]) -> None:

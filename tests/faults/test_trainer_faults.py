@@ -16,7 +16,7 @@ from fault_runs import CASES, STEPS, Case, Outcome, run_case
 from safetensors.torch import load_file
 
 VARIES = ("time", "seconds", "speed", "memory")
-QUICK = ("hang in gradient reduction, rank 0",)
+QUICK = ("hang in gradient reduction, rank 0", "slow in forward, rank 1")
 SLOW = (
     *("kill in optimizer step, rank 1", "nan in loss, rank 1"),
     *("kill in rollout, rank 0", "kill in weight sync, rank 1", "kill in save, writing, rank 1"),
@@ -41,8 +41,7 @@ def check(case: Case, outcome: Outcome, straight: Outcome) -> None:
     if not case.ends_well:
         return
     assert [row["step"] for row in logged(outcome.folder)] == list(range(1, STEPS + 1))
-    # The step that was being done, and the one whose checkpoint was still being written.
-    assert outcome.lost <= 2, "more than the steps since the last complete checkpoint"
+    assert outcome.lost == 0, "more than the steps since the last complete checkpoint"
     if case.same:
         assert logged(outcome.folder) == logged(straight.folder)
         ours, theirs = (load_file(o.folder / "export/model.safetensors") for o in (outcome, straight))

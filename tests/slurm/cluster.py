@@ -11,8 +11,10 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare", "nsenter", "setpriv")
@@ -149,14 +151,19 @@ class Cluster:
             self.start_controller()
             for node in self.nodes:
                 self.start_node(node)
-            wait_for(lambda: self.idle() == len(self.nodes), "all nodes idle", 30)
-        except BaseException:
+            wait_for(lambda: self.idle() == len(self.nodes), "all nodes idle", 60)
+        except BaseException as error:
             self.down()
+            error.add_note(self.last_words())
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.down()
+
+    def last_words(self) -> str:
+        """The ends of the daemons' logs."""
+        return "\n".join(f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(self.folder.glob("*.log")))
 
     def down(self) -> None:
         """End everything."""
@@ -192,6 +199,11 @@ class Cluster:
         process, _ = self._holders.pop(node)
         process.kill()
         process.wait()
+
+    def revive(self, node: str) -> None:
+        """Power on a node that is off."""
+        if node not in self._holders:
+            self.start_node(node)
 
     def start_controller(self) -> None:
         """Start slurmctld."""
@@ -247,3 +259,12 @@ class Cluster:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(lambda: self.state(number) in ended, f"the end of job {number}", seconds)
         return self.state(number)
+
+
+@contextmanager
+def slurm_cluster(nodes: int = 4) -> Iterator[Cluster]:
+    """A cluster in a folder of its own: pytest's temporary folders have paths too long for Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as name:
+        Path(name).chmod(0o755)  # munged insists
+        with Cluster(Path(name), nodes) as running:
+            yield running

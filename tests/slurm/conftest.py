@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing_programs, wait_for
+from cluster import Cluster, missing_programs, slurm_cluster, wait_for
 from tiny_models import make_tiny_model
 
-VERIFIER = '''def even(response, answer, metadata):
+VERIFIER = '''import time
+
+
+def even(response, answer, metadata):
     """About half of all responses are right, whatever the model says."""
     return sum(map(ord, response)) % 2 == 0
+
+
+def slowly_even(response, answer, metadata):
+    time.sleep(0.1)
+    return even(response, answer, metadata)
 '''
 
 
@@ -26,11 +33,8 @@ def cluster() -> Iterator[Cluster]:
     probe = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True, text=True)
     if probe.returncode != 0:
         pytest.skip(f"this machine allows no namespaces: {probe.stderr.strip()}")
-    # pytest's own temporary folders have paths too long for Unix sockets.
-    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as name:
-        Path(name).chmod(0o755)  # munged insists
-        with Cluster(Path(name), 4) as running:
-            yield running
+    with slurm_cluster() as running:
+        yield running
 
 
 @pytest.fixture

@@ -11,71 +11,24 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, wait_for, words
+from jobs import (
+    SCRIPTS,
+    THREE_NODES,
+    completed,
+    end_soon,
+    job_script,
+    leftovers,
+    numbers,
+    output,
+    rank_of,
+    steps,
+    submit,
+    submit_command,
+    wait_steps,
+)
 
 from megatron_mapo import cli
-
-SCRIPTS = Path(__file__).parents[2] / "scripts/slurm"
-VARIES = ("time", "seconds", "speed", "memory", "mismatch")
-THREE_NODES = ("--nodes=3", "--time=20", "--signal=B:USR1@60")
-
-
-def submit(cluster: Cluster, workspace: Path, script: str, *arguments: str, **environment: str) -> str:
-    """Submit a script of the repository with the tiny configuration, from a folder that is not the repository.
-
-    Arguments that begin with ``--`` are options of sbatch. Returns the job's number.
-    """
-    settings = {"MAPO_CONFIG": str(workspace / "config.yaml"), "MAPO_TRAINERS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    options = [text for text in arguments if text.startswith("--")]
-    rest = [text for text in arguments if not text.startswith("--")]
-    command = ["sbatch", "--parsable", *options, str(SCRIPTS / script), *rest]
-    settings["MAPO_TRAIN_PYTHON"] = sys.executable
-    return cluster.client(*command, cwd=workspace, **(settings | environment)).strip()
-
-
-def output(cluster: Cluster, number: str) -> str:
-    """What a job has printed."""
-    path = Path(cluster.job(number)["StdOut"])
-    return path.read_text() if path.exists() else ""
-
-
-def steps(run: Path) -> int:
-    """Steps that a run has logged."""
-    file = run / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
-def wait_steps(cluster: Cluster, number: str, run: Path, count: int) -> None:
-    """Wait until a run has logged this many steps."""
-    wait_for(lambda: steps(run) >= count or cluster.state(number) == "FAILED", f"step {count}")
-    assert cluster.state(number) == "RUNNING", output(cluster, number)
-
-
-def numbers(run: Path) -> list[dict]:
-    """What a run logged, but for clocks and the last bits of the servers' log-probs, which depend on their batches."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(VARIES)} for row in rows]
-
-
-def leftovers(cluster: Cluster) -> list[list[str]]:
-    """Command lines of ours that still run on any node."""
-    found = [words(process) for node in cluster.nodes for process in cluster.processes(node)]
-    return [line for line in found if any("megatron" in word or "sglang" in word for word in line)]
-
-
-def completed(cluster: Cluster, number: str) -> str:
-    """Wait for a job's success; what it printed."""
-    assert cluster.wait_job(number) == "COMPLETED", output(cluster, number)
-    return output(cluster, number)
-
-
-def rank_of(cluster: Cluster, node: str) -> Path:
-    """The trainer process of a node."""
-
-    def find() -> list[Path]:
-        return [p for p in cluster.processes(node) if words(p)[1:3] == ["-m", "megatron_mapo.train"]]
-
-    wait_for(find, f"a trainer on {node}")
-    return find()[0]
+from megatron_mapo.errors import Preempted
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +64,7 @@ def test_a_warning_without_a_controller_and_then_a_dead_node(straight: Path, idl
     wait_steps(idle, number, run, 3)
     printed = Path(idle.job(number)["StdOut"])
     idle.stop_controller()
-    scripts = [int(p.name) for p in idle.processes("n1") if any(w.endswith("/slurm_script") for w in words(p)[:2])]
-    os.kill(min(scripts), signal.SIGUSR1)  # the others are subshells
+    os.kill(job_script(idle, "n1"), signal.SIGUSR1)
     wait_for(lambda: "controller does not answer" in printed.read_text(), "the job waits for the controller")
     idle.start_controller()
     wait_for(lambda: idle.job(number)["Restarts"] == "1", "requeued")
@@ -126,6 +78,49 @@ def test_a_warning_without_a_controller_and_then_a_dead_node(straight: Path, idl
     assert f"resuming from {run}/checkpoints/step_{first:06d}" in said
     assert re.findall(r"trainers on (.*); servers on (.*)", said) == [("n1 n2", "n3")] * 2 + [("n1 n3", "n4")]
     assert numbers(run) == numbers(straight)
+    assert leftovers(idle) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # two starts of a job, and Slurm looks for due signals every 30 s
+def test_the_time_limit_is_a_pause(straight: Path, idle: Cluster, workspace: Path) -> None:
+    """Slurm itself signals before the limit; the run saves within the lead, is requeued and ends as if undisturbed."""
+    run, slow = workspace / "runs/limited", f"reward.name={workspace / 'verifier.py'}:slowly_even"
+    options = ("--nodes=3", "--time=20", "--signal=B:USR1@90")
+    number = submit(idle, workspace, "gsm8k_mapo.sh", "run.name=limited", slow, *options)
+    wait_steps(idle, number, run, 3)
+    end_soon(idle, number)
+    wait_for(lambda: idle.job(number)["Restarts"] == "1", "requeued")
+    first = steps(run)
+    assert 3 <= first < 30
+    idle.client("scontrol", "update", f"JobId={number}", "TimeLimit=20")
+    said = completed(idle, number)
+    assert "SIGUSR1: asking the trainers to save and end after this step" in said
+    assert f"trainers ended with code {Preempted.exit_code}" in said
+    assert f"resuming from {run}/checkpoints/step_{first:06d}" in said
+    assert numbers(run) == numbers(straight)
+    assert leftovers(idle) == []
+
+
+@pytest.mark.slow
+def test_trainers_that_crash_are_started_again_within_the_job(idle: Cluster, workspace: Path) -> None:
+    """Once, as MAPO_RESTARTS says; the second crash ends the job with the trainers' code."""
+    run, slow = workspace / "runs/crashed", f"reward.name={workspace / 'verifier.py'}:slowly_even"
+    settings = ("run.name=crashed", "trainer.save_interval=1", "trainer.steps=60", slow)
+    number = submit(idle, workspace, "gsm8k_mapo.sh", *settings, *THREE_NODES, MAPO_RESTARTS="1")
+    wait_steps(idle, number, run, 3)
+    os.kill(int(rank_of(idle, "n2").name), signal.SIGKILL)
+    wait_for(lambda: "resuming from" in output(idle, number), "the trainers are started again")
+    first = int(re.findall(r"resuming from \S*step_(\d+)", output(idle, number))[0])
+    assert first >= 1
+    wait_steps(idle, number, run, first + 2)
+    os.kill(int(rank_of(idle, "n1").name), signal.SIGKILL)
+    assert idle.wait_job(number) == "FAILED"
+    said = output(idle, number)
+    assert said.count("starting servers on") == 1, "the servers stay"
+    assert said.count("starting the trainers again from the last checkpoint (1 of 1)") == 1
+    assert re.search(r"failed with code \d+; see", said)
+    assert idle.job(number)["Restarts"] == "0"
     assert leftovers(idle) == []
 
 
@@ -177,6 +172,24 @@ def test_launch_slurm_trains_and_serves_on_one_node(idle: Cluster, workspace: Pa
     number = submit(idle, workspace, "convert_hf.sh", str(run), str(workspace / "converted"))
     completed(idle, number)
     assert (workspace / "converted/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_a_job(idle: Cluster, workspace: Path) -> None:
+    """Its servers are its own; all samples are kept, and the numbers are theirs."""
+    out, options = workspace / "evaluated", ("--limit", "4", "-k", "2", "--greedy")
+    files = ("--config", str(workspace / "config.yaml"), "--data", str(workspace / "train.jsonl"), "--out", str(out))
+    model = ("--model", str(workspace / "model"))
+    number = submit_command(idle, workspace, "eval.sh", *model, *files, *options, sbatch=["--time=20"])
+    said = completed(idle, number)
+    table = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(row["prompt_id"], row["sample"]) for row in table] == [(p, s) for p in range(4) for s in (0, 1, "greedy")]
+    assert all(row["right"] is (sum(map(ord, row["response"])) % 2 == 0) for row in table)
+    metrics = json.loads((out / "results.json").read_text())["metrics"]
+    sampled = [row["right"] for row in table if row["sample"] != "greedy"]
+    assert metrics["pass_at_1"] == pytest.approx(sum(sampled) / 8)
+    assert re.search(rf"pass@1 +{metrics['pass_at_1']:.3f} ", said)
+    assert leftovers(idle) == []
 
 
 def test_mistakes_end_the_job_before_servers_start(idle: Cluster, workspace: Path) -> None:

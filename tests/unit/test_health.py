@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megatron_mapo.health import PATIENCE, Stragglers
 
 
@@ -16,6 +18,12 @@ def test_a_rank_that_is_slow_now_and_then_is_not() -> None:
     followed = Stragglers(ratio=2.0)
     for step in range(20):
         assert followed.observe([1.0, 5.0 if step % PATIENCE else 1.0]) == {}
+
+
+def test_a_difference_too_small_to_matter_is_not_told() -> None:
+    followed = Stragglers(ratio=2.0, least=1.0)
+    assert [followed.observe([0.1, 1.0]) for _ in range(PATIENCE)] == [{}] * PATIENCE
+    assert [followed.observe([0.1, 1.2]) for _ in range(PATIENCE)][-1] == {1: pytest.approx(12)}
 
 
 def test_of_two_ranks_the_slow_one_is_named() -> None:

@@ -120,6 +120,55 @@ def test_a_job_that_cannot_hold_the_run_is_refused(job: SlurmJob, message: str, 
         job.check(config)
 
 
+STEP_SCRIPT = """
+set -u
+MAPO_CONTAINER=$1 MAPO_MOUNTS=$2
+cd "$3"
+source "$4"
+mapo_step "n1 n2" 4 --label -- /opt/python -m train "trainer.steps=1" "data.template=it's {question}"
+"""
+ON_NODES = ["--overlap", "--nodelist=n1,n2", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--label"]
+COMMAND = ["/opt/python", "-m", "train", "trainer.steps=1", "data.template=it's {question}"]
+
+
+def step_arguments(folder: Path, container: str, mounts: str = "") -> list[str]:
+    """What ``srun`` is called with: another one is found first, that prints its arguments."""
+    (folder / "srun").write_text("#!/bin/bash\nprintf '%s\\0' \"$@\"\n")
+    (folder / "srun").chmod(0o755)
+    command = ["bash", "-c", STEP_SCRIPT, "script", container, mounts, str(folder), str(slurm.FUNCTIONS)]
+    done = subprocess.run(command, env={"PATH": f"{folder}:/usr/bin:/bin"}, capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def test_a_step_without_a_container_is_the_command(tmp_path: Path) -> None:
+    found = step_arguments(tmp_path, "")
+    assert found[-len(COMMAND) :] == COMMAND
+    assert set(ON_NODES) <= set(found[: -len(COMMAND)])
+    assert not any("container" in word for word in found)
+
+
+def test_a_step_in_pyxis_names_image_folder_and_mounts(tmp_path: Path) -> None:
+    found = step_arguments(tmp_path, "pyxis:nvcr.io#nvidia/pytorch:25.01-py3", "/data:/data,/models:/models:ro")
+    assert found[-len(COMMAND) :] == COMMAND
+    assert {
+        *ON_NODES,
+        "--container-image=nvcr.io#nvidia/pytorch:25.01-py3",
+        f"--container-workdir={tmp_path}",
+        f"--container-mounts={tmp_path}:{tmp_path},/data:/data,/models:/models:ro",
+    } <= set(found[: -len(COMMAND)])
+    alone = step_arguments(tmp_path, "pyxis:/images/mapo.sqsh")
+    assert f"--container-mounts={tmp_path}:{tmp_path}" in alone
+
+
+def test_a_step_in_apptainer_is_its_exec_with_the_gpus(tmp_path: Path) -> None:
+    inside = ["apptainer", "exec", "--nv", "--pwd", str(tmp_path), "--bind", f"{tmp_path},/data:/data"]
+    found = step_arguments(tmp_path, "apptainer:/images/mapo.sif", "/data:/data")
+    first = found.index("apptainer")
+    assert found[first:] == [*inside, "/images/mapo.sif", *COMMAND]
+    assert set(ON_NODES) <= set(found[:first])
+    assert not any(word.startswith("--container") for word in found)
+
+
 def test_no_sbatch_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="no sbatch"):

@@ -71,6 +71,23 @@ def test_one_that_fails_again_and_again_is_left_alone_for_longer_and_longer(monk
     assert pool.candidates() == [A, B]
 
 
+def test_one_that_keeps_updates_waiting_is_left_alone_and_one_that_refuses_at_once_is_not(monkeypatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now)
+    pool = ServerPool([A, B, C])
+    for url, waited in ((A, 30.0), (B, 0.01)):
+        pool.take_out(url, "no answer", waited)
+        assert url in pool.candidates(), "it may have been started again"
+        pool.take_out(url, "still none", waited)
+    assert pool.candidates() == [B, C]
+    now += 5.0
+    assert pool.candidates() == [A, B, C]
+    pool.take_out(A, "still none", 30.0)
+    now += 5.0
+    assert pool.candidates() == [B, C]
+    assert pool.metrics()["servers/taken_out"] == 2
+
+
 def test_members_join_without_weights_and_leave() -> None:
     lines: list[str] = []
     pool = ServerPool([A, B], log=lines.append)
@@ -96,9 +113,11 @@ def test_every_change_is_told_once_and_counted() -> None:
     assert [line.split(f"server {A} ")[1].split(";")[0] for line in lines] == [
         *("is suspect: reset", "is out: no answer", "was restarted", "is serving")
     ]
-    counts = {"servers/taken_out": 1, "servers/restarts": 1, "rollout/retries": 1}
-    assert pool.metrics() == {"servers/total": 2, "servers/serving": 2} | counts
-    assert pool.metrics() == {"servers/total": 2, "servers/serving": 2} | dict.fromkeys(counts, 0)
+    pool.copied()
+    now = {"servers/total": 2, "servers/serving": 2, "servers/slowest": 1}
+    counts = {"servers/taken_out": 1, "servers/restarts": 1, "rollout/retries": 1, "rollout/copies": 1}
+    assert pool.metrics() == now | counts
+    assert pool.metrics() == now | dict.fromkeys(counts, 0)
 
 
 def test_a_file_of_servers(tmp_path) -> None:
