@@ -1023,21 +1023,23 @@ def _validate_advantages(config: Config) -> None:
             f"actor.adv_norm.success_threshold must lie above reward.wrong ({reward.wrong}) and not above "
             f"reward.correct ({reward.correct}), got {threshold}",
         )
-    if adv.aggregation_mode != "mix":
+    mode = adv.aggregation_mode
+    if mode not in RIGHT_OR_WRONG_MODES:
         return
     _require(
         reward.overlong_penalty == 0,
-        f"reward.overlong_penalty must be 0 with actor.adv_norm.aggregation_mode=mix, got {reward.overlong_penalty}: "
-        "MAPO needs rewards that are right or wrong; choose aggregation_mode=native, or drop the penalty",
+        f"reward.overlong_penalty must be 0 with actor.adv_norm.aggregation_mode={mode}, got "
+        f"{reward.overlong_penalty}: it needs rewards that are right or wrong; choose aggregation_mode=native, or drop "
+        "the penalty",
     )
     _require(
         single not in PARTIAL_VERIFIERS or threshold is not None,
-        f"reward.name={single} gives partial scores, and actor.adv_norm.aggregation_mode=mix needs right or "
+        f"reward.name={single} gives partial scores, and actor.adv_norm.aggregation_mode={mode} needs right or "
         f"wrong: set actor.adv_norm.success_threshold (for example {reward.correct})",
     )
     _require(
-        threshold is None or reward.wrong >= 0,
-        f"reward.wrong must be 0 or more with actor.adv_norm.success_threshold and aggregation_mode=mix, "
+        threshold is None or reward.wrong >= 0 or mode == "pass_at_k",
+        f"reward.wrong must be 0 or more with actor.adv_norm.success_threshold and aggregation_mode={mode}, "
         f"which divide by a group's mean reward; got {reward.wrong}",
     )
 
@@ -1144,6 +1146,20 @@ def _validate_rollout(config: Config) -> None:
         _require(
             low is None or high is None or low < high, f"{section}.min_p ({low}) must be below {section}.max_p ({high})"
         )
+    loss, mode = config.actor.loss, config.actor.adv_norm.aggregation_mode
+    shaped = loss.kl_coef > 0 and loss.kl_in is KLPlacement.reward
+    _require(
+        not rollout.filter.varied or not (shaped or mode == "reinforce++"),
+        "rollout.filter.varied drops groups of equal rewards, which have an advantage with "
+        f"{'actor.loss.kl_in=reward' if shaped else f'actor.adv_norm.aggregation_mode={mode}'}: unset one of them",
+    )
+    graded = not config.reward.mixture and config.reward.name in PARTIAL_VERIFIERS
+    known = config.reward.success is not None or config.actor.adv_norm.success_threshold is not None
+    _require(
+        known or not graded or (rollout.filter.min_p is None and rollout.filter.max_p is None),
+        f"rollout.filter.min_p and max_p are about success rates, and reward.name={config.reward.name} gives partial "
+        "scores: set actor.adv_norm.success_threshold",
+    )
     _require(
         config.reward.overlong_buffer == 0 or config.reward.overlong_penalty > 0,
         "reward.overlong_buffer is where reward.overlong_penalty grows, and that is 0",

@@ -99,7 +99,7 @@ class Trainer:
     def open(self) -> None:
         """Find the model, build the policy, connect to the servers, and resume if there is a checkpoint."""
         actor = self.config.actor
-        get_estimator(actor.adv_norm.aggregation_mode)  # one that cannot be imported is an error now, not at a step
+        self._check_estimator()
         with self.watchdog.phase("start"):
             self.model_path = self.on_main(self._prepare)
             updates = self.config.trainer.steps * actor.epochs * actor.mini_batches
@@ -107,6 +107,17 @@ class Trainer:
             self.on_main(self._open_rollout)
             self._resume()
             self.on_main(self._open_tracker)
+
+    def _check_estimator(self) -> None:
+        """An estimator that cannot be imported, on whichever machine, is an error on all ranks before they wait."""
+        failure = None
+        try:
+            get_estimator(self.config.actor.adv_norm.aggregation_mode)
+        except ConfigError as error:
+            failure = str(error)
+        found = [f"rank {rank}: {text}" for rank, text in enumerate(self.runtime.gather(failure)) if text is not None]
+        if found:
+            raise ConfigError(found[0])
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0's ``work()`` on every rank; if it fails there, the same error on every rank."""
@@ -216,18 +227,16 @@ class Trainer:
         settings = self.config.trainer
         with self.watchdog.phase("weight_sync"):
             self.sync_weights()
-        if self.step == 0 and settings.evaluation.at_start:
-            self.evaluate()
+        due = settings.evaluation.at_start if self.step == 0 else self._evaluation_due()
+        if due and not self.on_main(lambda: self._main_tracker.evaluated(self.step)):
+            self.evaluate()  # also one that the servers did not live to see before the run was started again
         while self.step < settings.steps:
             with self.watchdog.phase(f"step {self.step + 1}"):
                 self.train_step()
                 self.checkpointer.poll()
             last = self.step == settings.steps
-            interval = settings.evaluation.interval
-            score = None
-            # Before the checkpoint: one that is resumed from never lacks the evaluation of its step.
-            if (last and settings.evaluation.at_end) or (not last and interval and self.step % interval == 0):
-                score = self._score(self.evaluate())
+            # Before the checkpoint: it holds the score.
+            score = self._score(self.evaluate()) if self._evaluation_due() else None
             stop = not last and preemption.requested(self.runtime)
             if last or stop or (settings.save_interval and self.step % settings.save_interval == 0):
                 self.save(score)
@@ -238,6 +247,12 @@ class Trainer:
             self.checkpointer.wait()
             if settings.export:
                 self.export(self.run_dir / "export")
+
+    def _evaluation_due(self) -> bool:
+        settings = self.config.trainer
+        if self.step == settings.steps:
+            return settings.evaluation.at_end
+        return settings.evaluation.interval > 0 and self.step % settings.evaluation.interval == 0
 
     def train_step(self) -> None:
         """One rollout batch, its update(s), and the new weights on the servers."""
@@ -352,7 +367,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + self.step)
         for _ in range(actor.epochs):
             order = groups[torch.randperm(len(groups), generator=generator)]
-            for chosen in order.tensor_split(actor.mini_batches):
+            for chosen in order.tensor_split(min(actor.mini_batches, len(order))):
                 yield torch.isin(batch.group_ids, chosen).nonzero().flatten()
 
     def _rows_with_gradient(self, batch: SequenceBatch, advantages: Tensor) -> Tensor | None:

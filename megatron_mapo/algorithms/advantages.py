@@ -276,7 +276,11 @@ def _group(
         groups = replace(groups, rewards=groups.rewards[within])
     if success is not None:
         return replace(groups, succeeded=success if order is None else success[order]), order
-    return replace(groups, succeeded=_success(groups, config)), order
+    threshold = config.success_threshold
+    if threshold is not None and rewards.is_floating_point():
+        # As the rewards are rounded: a reward of 0.9 in float32 reaches a threshold of 0.9.
+        threshold = float(torch.tensor(threshold, dtype=rewards.dtype))
+    return replace(groups, succeeded=_success(groups, threshold)), order
 
 
 def _check(rewards: Tensor, group_ids: Tensor, success: Tensor | None) -> None:
@@ -318,10 +322,10 @@ def _with_extremes(values: Tensor, ids: Tensor, index: Tensor, sizes: Tensor) ->
     return Groups(values, torch.empty(0, dtype=torch.bool), ids, index, sizes, low, high, uniform)
 
 
-def _success(groups: Groups, config: AdvNormConfig) -> Tensor:
+def _success(groups: Groups, threshold: float | None) -> Tensor:
     """bool ``[N]``, as ``group_statistics`` says when the verifier does not."""
-    if config.success_threshold is not None:
-        return groups.rewards >= config.success_threshold
+    if threshold is not None:
+        return groups.rewards >= threshold
     worst, best = groups.low.min(), groups.high.max()
     # Compared as distances: the midpoint of two neighbouring floats would round to one of them.
     equal_and_good = best - groups.high < groups.high - worst if bool(best > worst) else groups.high > 0

@@ -13,7 +13,7 @@ from megatron_mapo.algorithms.kl import MAX_LOG_RATIO, kl_penalty
 from megatron_mapo.algorithms.objectives import TokenTerms, clipped_tokens
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.config import AdvNormConfig, CorrectionConfig, KLEstimator, LossConfig
-from megatron_mapo.data.sequences import REWARD_PART, SUCCESS, SequenceBatch
+from megatron_mapo.data.sequences import REWARD_PART, RIGHT, SequenceBatch
 
 HISTOGRAM_BINS = 9
 """Equal bins over [0, 1], the last one closed. With groups of 8 each possible success rate k/8 has its own bin."""
@@ -44,7 +44,7 @@ def rollout_metrics(
     Raises:
         DataError: the batch is empty.
     """
-    groups = group_statistics(batch.rewards, batch.group_ids, adv_config, batch.extra.get(SUCCESS))
+    groups = group_statistics(batch.rewards, batch.group_ids, adv_config, batch.extra.get(RIGHT))
     index = torch.searchsorted(groups.ids, batch.group_ids)
     active = torch.zeros(len(groups.ids), dtype=torch.bool).index_fill_(0, index[advantages != 0], True)
     rewards, lengths = batch.rewards.double(), batch.response_lens.double()

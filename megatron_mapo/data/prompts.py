@@ -314,6 +314,7 @@ class PromptStream:
         self._epoch = 0
         self._position = 0
         self._rest: dict[int, int] = {}  # row: the epoch that it is back in
+        self._left_out: list[int] = []  # rows that this epoch began without
         self._order = self._order_of(0)
 
     @property
@@ -327,15 +328,19 @@ class PromptStream:
         return len(self._rest)
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        """Rows in the order of an epoch, without those that rest; all, if all rest."""
+        """Rows in the order of an epoch, without those that it leaves out."""
         order = np.arange(len(self._prompts))
         if self._shuffle:
             # RandomState, because numpy promises that its numbers stay the same in later versions.
             order = np.random.RandomState([self._seed, epoch]).permutation(len(self._prompts))
-        # Noted in this epoch already: its order stays what it was when the epoch began, also after a resume.
-        rest = self._curriculum.rest_epochs
-        resting = [row for row, back in self._rest.items() if back - rest <= epoch < back]
-        return order[~np.isin(order, resting)] if len(resting) < len(order) else order
+        return order[~np.isin(order, self._left_out)]
+
+    def _next_epoch(self) -> None:
+        """Begin the next epoch without the rows that rest; with all, if all rest."""
+        self._epoch, self._position = self._epoch + 1, 0
+        self._rest = {row: back for row, back in self._rest.items() if back > self._epoch}
+        self._left_out = sorted(self._rest) if len(self._rest) < len(self._prompts) else []
+        self._order = self._order_of(self._epoch)
 
     def record(self, rows: Sequence[int], rates: Sequence[float]) -> None:
         """Note the success rates that prompts were measured to have. Those out of bounds rest from the next epoch on.
@@ -348,15 +353,15 @@ class PromptStream:
         for row, rate in zip(rows, rates, strict=True):
             if (low is not None and rate < low) or (high is not None and rate > high):
                 self._rest[row] = self._epoch + 1 + self._curriculum.rest_epochs
+            else:
+                self._rest.pop(row, None)
 
     def next(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts. A call that crosses an epoch's end goes on with the next epoch's order."""
         rows: list[int] = []
         while len(rows) < n:
             if self._position == len(self._order):
-                self._epoch, self._position = self._epoch + 1, 0
-                self._rest = {row: back for row, back in self._rest.items() if back > self._epoch}
-                self._order = self._order_of(self._epoch)
+                self._next_epoch()
             taken = self._order[self._position : self._position + n - len(rows)]
             rows += taken.tolist()
             self._position += len(taken)
@@ -368,6 +373,7 @@ class PromptStream:
             "epoch": self._epoch,
             "position": self._position,
             "rest": {str(row): back for row, back in self._rest.items()},
+            "left_out": self._left_out,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "size": len(self._prompts),
@@ -395,4 +401,5 @@ class PromptStream:
                 )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._rest = {int(row): int(back) for row, back in state.get("rest", {}).items()}
+        self._left_out = list(state.get("left_out", []))
         self._order = self._order_of(self._epoch)

@@ -15,6 +15,8 @@ from megatron_mapo.errors import DataError
 
 SUCCESS = "success"
 """Extra column, bool ``[N]``: which responses are successes, where the verifier says so."""
+RIGHT = "right"
+"""Extra column, bool ``[N]``: which responses are right before any penalty, for what is reported and filtered."""
 REWARD_PART = "reward/"
 """Begins the names of extra columns, float ``[N]``, of what each verifier of a mixture gave."""
 

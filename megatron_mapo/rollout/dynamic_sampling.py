@@ -12,7 +12,7 @@ from megatron_mapo.algorithms.advantages import group_statistics
 from megatron_mapo.algorithms.filters import keep_groups
 from megatron_mapo.config import AdvNormConfig, FilterConfig
 from megatron_mapo.data.prompts import Prompt
-from megatron_mapo.data.sequences import SUCCESS, SequenceBatch
+from megatron_mapo.data.sequences import RIGHT, SequenceBatch
 
 Draw = Callable[[int, int], tuple[list[Prompt], SequenceBatch]]
 """``draw(round, count)``: the next ``count`` prompts and the groups sampled for them, in the same order."""
@@ -57,7 +57,7 @@ def collect(draw: Draw, wanted: int, config: FilterConfig, adv_config: AdvNormCo
         share = max(kept / sampled, 1 / config.oversample) if sampled else 1.0
         count = min(math.ceil((wanted - kept) / share), budget - sampled)
         drawn, batch = draw(rounds, count)
-        groups = group_statistics(batch.rewards, batch.group_ids, adv_config, batch.extra.get(SUCCESS))
+        groups = group_statistics(batch.rewards, batch.group_ids, adv_config, batch.extra.get(RIGHT))
         keep = keep_groups(batch, groups, config)
         last = sampled + count == budget
         if last and not kept and not keep.any():

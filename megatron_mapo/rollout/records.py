@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mapo.algorithms.advantages import group_statistics
 from megatron_mapo.config import AdvNormConfig
 from megatron_mapo.data.prompts import Prompt
-from megatron_mapo.data.sequences import SUCCESS, SequenceBatch, ragged_indices
+from megatron_mapo.data.sequences import RIGHT, SequenceBatch, ragged_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ def rollout_columns(
         config: section ``actor.adv_norm``.
     """
     n, each = len(batch), len(batch) // len(prompts)
-    groups = group_statistics(batch.rewards, batch.group_ids, config, batch.extra.get(SUCCESS))
+    groups = group_statistics(batch.rewards, batch.group_ids, config, batch.extra.get(RIGHT))
     place = torch.searchsorted(groups.ids, batch.group_ids)
     responses = batch.tokens[ragged_indices(batch.offsets[:-1] + batch.prompt_lens, batch.response_lens)]
     parts = [part.tolist() for part in responses.split(batch.response_lens.tolist())]

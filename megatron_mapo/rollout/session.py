@@ -17,7 +17,7 @@ from megatron_mapo.algorithms.advantages import group_statistics
 from megatron_mapo.algorithms.filters import filters
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
-from megatron_mapo.data.sequences import REWARD_PART, SUCCESS, SequenceBatch
+from megatron_mapo.data.sequences import REWARD_PART, RIGHT, SUCCESS, SequenceBatch
 from megatron_mapo.errors import RolloutError, ServersOut
 from megatron_mapo.hardware import has_accelerator
 from megatron_mapo.rewards.pool import RewardPool
@@ -71,6 +71,20 @@ def overlong(lengths: Tensor, truncated: Tensor, longest: int, buffer: int) -> T
     """
     grown = (lengths - (longest - buffer)).double() / buffer if buffer else torch.zeros(len(lengths)).double()
     return torch.where(truncated, 1.0, grown.clamp(0, 1))
+
+
+def right_responses(batch: SequenceBatch, config: Config) -> Tensor | None:
+    """Which responses are right by what the verifier gave, bool ``[N]``; None where rewards are graded.
+
+    In float32, as the rewards are: a threshold of 0.9 is reached by a reward of 0.9.
+    """
+    if SUCCESS in batch.extra:
+        return batch.extra[SUCCESS]
+    reward = config.reward
+    whole = (batch.rewards == torch.tensor(reward.correct)) | (batch.rewards == torch.tensor(reward.wrong))
+    if config.actor.adv_norm.success_threshold is None and not bool(whole.all()):
+        return None
+    return batch.rewards >= torch.tensor(config.right_from)
 
 
 def open_client(
@@ -167,7 +181,9 @@ class RolloutSession:
                 self.sampler.sample(prompts, version, seed if number == 0 else sample_seed(seed, number, 0), base)
             )
         batch = done[number]
-        groups = group_statistics(batch.rewards, batch.group_ids, self.config.actor.adv_norm, batch.extra.get(SUCCESS))
+        if (right := right_responses(batch, self.config)) is not None:
+            batch.extra[RIGHT] = right
+        groups = group_statistics(batch.rewards, batch.group_ids, self.config.actor.adv_norm, right)
         self.prompts.record([prompt.id for prompt in prompts], groups.p.tolist())
         return prompts, batch
 

@@ -97,6 +97,10 @@ class Tracker:
         """Wait for what is still being written: a checkpoint must not be ahead of the files of its steps."""
         self._rollouts.flush()
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the weights after ``step`` steps have been evaluated."""
+        return any(row["step"] == step for row in self._evaluated)
+
     def log_evaluation(
         self, step: int, evaluation: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()
     ) -> None:

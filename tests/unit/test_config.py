@@ -268,6 +268,22 @@ class TestContradictions:
                 ["actor.adv_norm.pass_k", "rollout.responses_per_prompt"],
             ),
             (["rollout.filter.min_p=0.5", "rollout.filter.max_p=0.5"], ["rollout.filter.min_p"]),
+            (
+                ["rollout.filter.varied=true", "actor.adv_norm.aggregation_mode=reinforce++"],
+                ["rollout.filter.varied", "reinforce++"],
+            ),
+            (
+                ["rollout.filter.max_p=0.9", "reward.name=reasoning_gym", "actor.adv_norm.aggregation_mode=native"],
+                ["rollout.filter.min_p", "actor.adv_norm.success_threshold"],
+            ),
+            (
+                ["actor.adv_norm.aggregation_mode=mean_only", "reward.overlong_penalty=1"],
+                ["reward.overlong_penalty", "aggregation_mode=mean_only"],
+            ),
+            (
+                ["actor.adv_norm.aggregation_mode=treerpo", "reward.name=reasoning_gym"],
+                ["reward.name", "actor.adv_norm.success_threshold"],
+            ),
             (["reward.overlong_buffer=10"], ["reward.overlong_buffer", "reward.overlong_penalty"]),
             (
                 [

@@ -289,6 +289,12 @@ def test_group_statistics():
     assert stats.varied.tolist() == [False, True, False]
 
 
+def test_a_threshold_is_rounded_as_the_rewards_are():
+    rewards, ids = torch.tensor([0.9, 0.0, 0.7, 0.0]), torch.tensor([0, 0, 1, 1])
+    assert group_statistics(rewards[:2], ids[:2], config(threshold=0.9)).p.tolist() == [0.5]
+    assert group_statistics(rewards[2:], ids[2:], config(threshold=0.7)).p.tolist() == [0.5]
+
+
 def test_group_statistics_of_graded_rewards_and_of_one_value():
     graded, ids = torch.tensor([0.0, 0.2, 0.9, 1.0]), torch.zeros(4, dtype=torch.int64)
     assert group_statistics(graded, ids, config("native")).p.tolist() == [0.5]

@@ -66,7 +66,7 @@ def test_every_success_rate_of_eight_has_its_own_bin():
 
 def test_a_mixture_says_what_succeeded_and_what_each_verifier_gave():
     batch = batch_of([0.2, 1.2, 1.0, 0.2], [0, 0, 1, 1], [1] * 4, [[0]] * 4, [False] * 4)
-    batch.extra["success"] = torch.tensor([True, True, True, False])
+    batch.extra["right"] = torch.tensor([True, True, True, False])
     batch.extra["reward/math"] = torch.tensor([0.0, 1.0, 1.0, 0.0])
     metrics = rollout_metrics(batch, torch.zeros(4), AdvNormConfig(), 0)
     assert metrics["reward/accuracy"] == pytest.approx(0.75)

@@ -333,6 +333,11 @@ class TestStream:
         stream = PromptStream(prompts, 3, True, CurriculumConfig(max_p=0.9))
         stream.record(range(7), [1.0] * 7)
         assert {p.id for p in stream.next(14)[7:]} == set(range(7))
+        # Nor does it when some are measured again before a resume.
+        resumed = PromptStream(prompts, 3, True, CurriculumConfig(max_p=0.9))
+        stream.record([p.id for p in stream.next(3)], [0.5, 1.0, 1.0])
+        resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        assert [p.id for p in resumed.next(12)] == [p.id for p in stream.next(12)]
 
 
 class TestDeduplicate:

@@ -7,11 +7,11 @@ import torch
 
 from megatron_mapo.algorithms.advantages import group_statistics
 from megatron_mapo.algorithms.filters import filters, keep_groups
-from megatron_mapo.config import AdvNormConfig, FilterConfig
+from megatron_mapo.config import AdvNormConfig, FilterConfig, load_config
 from megatron_mapo.data.prompts import Prompt
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.rollout.dynamic_sampling import collect
-from megatron_mapo.rollout.session import overlong
+from megatron_mapo.rollout.session import overlong, right_responses
 
 ADV = AdvNormConfig()
 
@@ -96,6 +96,24 @@ def test_no_group_passes():
     found = collect(Source([0] * 6), 3, FilterConfig(varied=True, oversample=2), ADV)
     assert [p.id for p in found.prompts] == [3]  # of the last round: a step needs something
     assert len(found.batch) == 4
+
+
+def test_what_is_right_does_not_depend_on_what_else_was_sampled():
+    settings = ["model.path=m", "data.train=d.jsonl", "reward.correct=0", "reward.wrong=-0.9"]
+    config = load_config(None, settings)
+
+    def right(*rewards: float) -> list[bool] | None:
+        batch = batch_of([0])
+        batch.rewards = torch.tensor(rewards)
+        found = right_responses(batch, config)
+        return None if found is None else found.tolist()
+
+    assert right(0, 0, 0, 0) == [True] * 4
+    assert right(-0.9, -0.9, -0.9, -0.9) == [False] * 4
+    assert right(0, -0.9, 0, -0.9) == [True, False, True, False]
+    assert right(0, -0.9, -0.3, -0.9) is None
+    config.actor.adv_norm.success_threshold = -0.3
+    assert right(0, -0.9, -0.3, -0.9) == [True, False, True, False]
 
 
 def test_overlong_penalty_grows_over_the_buffer():
