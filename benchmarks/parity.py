@@ -216,7 +216,8 @@ def compare(size: int, runs: int) -> dict[str, Any]:
             for peer, found in theirs["losses"][name].items()
         }
     speed = our_speed(many, many_ids, threads, runs) | theirs["speed"]
-    return {"advantages": advantages, "losses": losses, "speed": speed, "rewards": size, "threads": threads}
+    settings = {"rewards": size, "threads": threads, "runs": runs, "vectorized_runs": theirs["vectorized_runs"]}
+    return {"advantages": advantages, "losses": losses, "speed": speed} | settings
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -274,7 +275,10 @@ def to_markdown(result: dict[str, Any]) -> str:
             "## Time",
             "",
             f"GRPO's advantages of {result['rewards']:,} rewards in {result['rewards'] // GROUP:,} groups, "
-            f"{result['threads']} threads, median.",
+            f"{result['threads']} threads.",
+            f"Times are medians of {result['runs']} runs after one that is not counted; of `verl grpo_vectorized` "
+            f"of {result['vectorized_runs']}.",
+            "`verl grpo` is a single run without one before it.",
             "",
             *markdown_table(["", "time", "ratio"], speed),
             "",

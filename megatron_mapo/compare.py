@@ -25,7 +25,7 @@ from megatron_mapo.errors import ConfigError, TrainingError
 from megatron_mapo.launch.processes import POLL_SECONDS, Kept
 from megatron_mapo.reporting.arms import collect
 from megatron_mapo.reporting.comparison_report import analyse, headline, write_report
-from megatron_mapo.reporting.run_data import RunData, flatten, load_run
+from megatron_mapo.reporting.run_data import TRAINING_ACCURACY, RunData, first_of, flatten, load_run
 from megatron_mapo.rollout.server import log_tail
 from megatron_mapo.tracking.jsonl import read_rows
 from megatron_mapo.tracking.progress import duration
@@ -284,7 +284,7 @@ class _Watch:
             return
         last = rows[-1]
         self._told = last["step"]
-        accuracy = last.get("reward/accuracy")
+        accuracy = first_of(last, TRAINING_ACCURACY)
         self._say(
             f"  step {self._told} of {self._steps}" + (f", accuracy {accuracy:.3f}" if accuracy is not None else "")
         )

@@ -996,6 +996,26 @@ def _validate_mixture(config: Config) -> None:
             f"reward.wrong must be 0 or more with reward.mixture and actor.adv_norm.aggregation_mode={mode}, which "
             f"divide by a group's mean reward; got {reward.wrong}",
         )
+    _validate_mixture_range(reward, mode)
+
+
+def _validate_mixture_range(reward: RewardConfig, mode: str) -> None:
+    """Modes that divide by a group's mean need sums that are never below 0, `treerpo` none above 1 either."""
+    if mode in ("mix", "mean_only", "treerpo"):
+        for number, component in enumerate(reward.mixture):
+            _require(
+                component.weight >= 0,
+                f"{reward.section_of(number)}.weight must be 0 or more with actor.adv_norm.aggregation_mode={mode}, "
+                f"which divides by a group's mean reward: a negative weight could make it 0 or less; got "
+                f"{component.weight:g}; choose aggregation_mode=native, or give the verifier's opposite a positive one",
+            )
+    if mode == "treerpo":
+        highest = math.fsum(component.weight for component in reward.mixture) * reward.correct
+        _require(
+            highest <= 1,
+            f"reward.mixture: the weights times reward.correct ({reward.correct:g}) add up to {highest:g}, but "
+            "actor.adv_norm.aggregation_mode=treerpo needs rewards from 0 to 1: lower the weights or reward.correct",
+        )
 
 
 def _validate_advantages(config: Config) -> None:

@@ -17,7 +17,7 @@ from megatron_mapo.algorithms.comparison import (
     trailing_mean,
 )
 from megatron_mapo.reporting.arms import Arm, Array, Study, evaluation_curves, metric_curves, pass_tables
-from megatron_mapo.reporting.run_data import RunData
+from megatron_mapo.reporting.run_data import TRAINING_ACCURACY, RunData, first_of
 from megatron_mapo.reporting.run_report import histogram, response_tokens
 from megatron_mapo.tracking.rollouts import read_rollouts
 
@@ -122,8 +122,8 @@ def final_pass(study: Study) -> tuple[Outcome | None, str]:
 
 
 def training_accuracy(study: Study) -> Outcome | None:
-    """Mean over all steps of the rollouts' accuracy: how much was learned, and how early."""
-    columns = [np.nanmean(metric_curves(study, arm, "reward/accuracy")[1], axis=1)[:, None] for arm in study.arms]
+    """Mean over all steps of the accuracy of what was sampled: how much was learned, and how early."""
+    columns = [np.nanmean(metric_curves(study, arm, *TRAINING_ACCURACY)[1], axis=1)[:, None] for arm in study.arms]
     if not all(column.size and np.isfinite(column).all() for column in columns):
         return None
     return outcome("training accuracy, mean over all steps", columns, study)
@@ -147,8 +147,8 @@ def reaching(run: RunData, target: float, held_out: bool) -> Reaching:
         held_out: pass@1 of the evaluations; else the training accuracy, averaged over ``TARGET_WINDOW`` steps.
     """
     rows = run.evaluations if held_out else run.metrics
-    name = "pass_at_1" if held_out else "reward/accuracy"
-    values = np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
+    names = ["pass_at_1"] if held_out else TRAINING_ACCURACY
+    values = np.array([first_of(row, names) for row in rows], dtype=np.float64)  # None becomes NaN
     index = first_reaching(values if held_out else trailing_mean(values, min(TARGET_WINDOW, max(1, len(rows)))), target)
     if index is None:
         return Reaching(None, None)

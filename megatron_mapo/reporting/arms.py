@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mapo.errors import ConfigError, DataError
-from megatron_mapo.reporting.run_data import RunData, load_run
+from megatron_mapo.reporting.run_data import RunData, first_of, load_run
 from megatron_mapo.rollout.evaluation import GREEDY
 from megatron_mapo.tracking.jsonl import Row
 
@@ -174,22 +174,22 @@ def _shares(samples: Sequence[Row], folder: Path) -> tuple[list[tuple[int, str, 
     return questions, [float(np.mean(right[question])) for question in questions]
 
 
-def metric_curves(study: Study, arm: Arm, name: str) -> tuple[Array, Array]:
-    """A metric over steps.
+def metric_curves(study: Study, arm: Arm, *names: str) -> tuple[Array, Array]:
+    """A metric over steps: at each the first of ``names`` that the run has.
 
     Returns:
         steps ``[T]``, that any run has, and values ``[S, T]``, NaN where a run has none.
     """
-    return _curves([arm.runs[seed].metrics for seed in study.seeds], name)
+    return _curves([arm.runs[seed].metrics for seed in study.seeds], names)
 
 
 def evaluation_curves(study: Study, arm: Arm, name: str) -> tuple[Array, Array]:
     """The same of a number of ``evaluations.jsonl``."""
-    return _curves([arm.runs[seed].evaluations for seed in study.seeds], name)
+    return _curves([arm.runs[seed].evaluations for seed in study.seeds], [name])
 
 
-def _curves(tables: Sequence[Sequence[Row]], name: str) -> tuple[Array, Array]:
-    found = [{row["step"]: row[name] for row in rows if row.get(name) is not None} for rows in tables]
+def _curves(tables: Sequence[Sequence[Row]], names: Sequence[str]) -> tuple[Array, Array]:
+    found = [{row["step"]: value for row in rows if (value := first_of(row, names)) is not None} for rows in tables]
     steps = sorted(set().union(*found))
     values = [[run.get(step, np.nan) for step in steps] for run in found]
     return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64).reshape(len(tables), len(steps))

@@ -40,6 +40,7 @@ from megatron_mapo.reporting.page import (
     render,
     write_text,
 )
+from megatron_mapo.reporting.run_data import TRAINING_ACCURACY
 from megatron_mapo.reporting.run_report import response_tokens
 from megatron_mapo.tracking.jsonl import to_line
 from megatron_mapo.tracking.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
@@ -190,7 +191,9 @@ def _result(results: Results, drawn: dict[str, Picture]) -> Section:
 
 
 def _training(results: Results) -> Section:
-    section = Section("Training accuracy", ["The accuracy of the training responses. It has no part in the verdict."])
+    section = Section(
+        "Training accuracy", ["The accuracy of all responses sampled in training. It has no part in the verdict."]
+    )
     if results.training is not None:
         section.tables = _outcome_tables(results, results.training)
     return section
@@ -374,10 +377,10 @@ def _smooth(curves: Array) -> Array:
     return np.array([trailing_mean(row, window) for row in curves]) if window > 1 else curves
 
 
-def _metric_panel(axes: Axes, study: Study, name: str, title: str) -> None:
+def _metric_panel(axes: Axes, study: Study, title: str, *names: str) -> None:
     axes.set_title(title)
     for index, arm in enumerate(study.arms):
-        steps, curves = metric_curves(study, arm, name)
+        steps, curves = metric_curves(study, arm, *names)
         if len(steps):
             _band(axes, steps, _smooth(curves), arm.label, index)
     axes.set_xlabel("step")
@@ -387,7 +390,7 @@ def _metric_panel(axes: Axes, study: Study, name: str, title: str) -> None:
 
 def _draw_curves(study: Study, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
-    _metric_panel(left, study, "reward/accuracy", "Training accuracy")
+    _metric_panel(left, study, "Training accuracy", *TRAINING_ACCURACY)
     right.set_title("Held-out pass@1")
     for index, arm in enumerate(study.arms):
         steps, curves = evaluation_curves(study, arm, "pass_at_1")
@@ -400,8 +403,8 @@ def _draw_curves(study: Study, figure: Figure) -> None:
 
 def _draw_gradients(study: Study, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
-    _metric_panel(left, study, "optim/grad_norm", "Gradient norm")
-    _metric_panel(right, study, "loss/entropy", "Entropy (nat per token)")
+    _metric_panel(left, study, "Gradient norm", "optim/grad_norm")
+    _metric_panel(right, study, "Entropy (nat per token)", "loss/entropy")
 
 
 def _draw_final(results: Results, figure: Figure) -> None:

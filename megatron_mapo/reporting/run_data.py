@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,14 @@ from megatron_mapo.errors import CheckpointError, DataError
 from megatron_mapo.launch.run_folder import list_checkpoints
 from megatron_mapo.tracking.jsonl import Row, read_rows
 from megatron_mapo.tracking.rollouts import rollout_files
+
+TRAINING_ACCURACY = ("filter/accuracy", "reward/accuracy")
+"""The success rate of what a step sampled: with ``rollout.filter`` the second one is that of the groups kept."""
+
+
+def first_of(row: Row, names: Sequence[str]) -> float | None:
+    """The first of these numbers that a row has."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class RunData:
 
     @property
     def rollouts(self) -> list[Path]:
-        """Files of all sequences, first step first."""
+        """Files of the sequences trained on, first step first."""
         return rollout_files(self.folder / "rollouts")
 
     def evaluation_samples(self, step: int) -> list[Row]:

@@ -103,7 +103,10 @@ def _times(run: RunData) -> list[list[str]]:
 
 
 def response_tokens(row: Row) -> float:
-    """Response tokens that a step sampled."""
+    """Response tokens that a step sampled, those of groups that ``rollout.filter`` dropped among them."""
+    sampled = row.get("filter/response_tokens")
+    if sampled is not None:
+        return float(sampled)
     return (row.get("speed/response_tokens_per_second") or 0.0) * (row.get("seconds/step") or 0.0)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from megatron_mapo.config import OnFailure, RewardConfig
+from megatron_mapo.config import OnFailure, RewardComponent, RewardConfig
 from megatron_mapo.errors import RewardError
 from megatron_mapo.rewards.processes import Reply, VerifierProcesses
 from megatron_mapo.rewards.registry import EXTRACT
@@ -40,7 +40,7 @@ class Verdict:
         reward: its reward; of a mixture the weighted sum of ``parts``.
         success: the component ``reward.success`` calls it a success; None where none is declared.
         parts: what each component of a mixture gives, by its label; empty without a mixture.
-        failure: the first component's that failed and counted as wrong (``reward.on_failure=wrong``).
+        failure: the first component's that failed and counted all the same (``reward.on_failure=wrong``).
     """
 
     reward: float
@@ -177,7 +177,7 @@ class RewardPool:
     def _verdict(self, replies: tuple[Reply, ...]) -> Verdict:
         """One response's verdict from its replies, one a component."""
         config = self.config
-        values = [self._value(reply) for reply in replies]
+        values = [self._value(*pair) for pair in zip(config.components, replies, strict=True)]
         failure = next((Failure(reply["kind"], reply["error"]) for reply in replies if "error" in reply), None)
         if not config.mixture:
             return Verdict(values[0], failure=failure)
@@ -186,10 +186,15 @@ class RewardPool:
         success = None if config.success is None else self._is_success(replies[self._main])
         return Verdict(reward, success, parts, failure)
 
-    def _value(self, reply: Reply) -> float:
+    def _value(self, component: RewardComponent, reply: Reply) -> float:
+        """What a component gives; where it failed, the worse of right and wrong.
+
+        With a negative weight that is right: else a response that makes the verifier of a penalty fail escapes it.
+        """
         if "score" in reply:
             return reply["score"]
-        return self.config.correct if reply.get("right") else self.config.wrong
+        right = component.weight < 0 if "error" in reply else reply["right"]
+        return self.config.correct if right else self.config.wrong
 
     def _is_success(self, reply: Reply) -> bool:
         if "score" in reply:

@@ -27,7 +27,7 @@ class Collected:
         batch: their groups, in that order; group ids are places among all groups that were sampled.
         metrics: ``filter/rounds``; ``filter/sampled`` and ``filter/kept`` (groups); ``filter/all_right`` and
             ``filter/all_wrong``, shares of the sampled groups; ``filter/accuracy``, the mean success rate of all
-            that was sampled, which the filter does not bias.
+            that was sampled, which the filter does not bias; ``filter/response_tokens`` of all that was sampled.
     """
 
     prompts: list[Prompt]
@@ -52,7 +52,7 @@ def collect(draw: Draw, wanted: int, config: FilterConfig, adv_config: AdvNormCo
     prompts: list[Prompt] = []
     parts: list[SequenceBatch] = []
     rates: list[torch.Tensor] = []
-    kept = 0
+    kept = tokens = 0
     while kept < wanted and sampled < budget:
         share = max(kept / sampled, 1 / config.oversample) if sampled else 1.0
         count = min(math.ceil((wanted - kept) / share), budget - sampled)
@@ -67,6 +67,7 @@ def collect(draw: Draw, wanted: int, config: FilterConfig, adv_config: AdvNormCo
         prompts += [drawn[i] for i in chosen.tolist()]
         parts.append(batch.select(torch.isin(batch.group_ids, groups.ids[chosen])))
         rates.append(groups.p)
+        tokens += int(batch.response_lens.sum())
         kept, sampled, rounds = kept + len(chosen), sampled + count, rounds + 1
     p = torch.cat(rates)
     metrics = {
@@ -76,5 +77,6 @@ def collect(draw: Draw, wanted: int, config: FilterConfig, adv_config: AdvNormCo
         "filter/all_right": float((p == 1).double().mean()),
         "filter/all_wrong": float((p == 0).double().mean()),
         "filter/accuracy": float(p.mean()),
+        "filter/response_tokens": float(tokens),
     }
     return Collected(prompts, SequenceBatch.concat(parts), metrics)

@@ -23,6 +23,7 @@ from megatron_mapo.config import (
 from megatron_mapo.errors import ConfigError
 
 MIXTURE = "reward.mixture=[{name: math},{name: format, weight: 0.2, label: form, options: {opened: true}}]"
+TREERPO = "actor.adv_norm.aggregation_mode=treerpo"
 THRESHOLD = "actor.adv_norm.success_threshold=0.5"
 NEEDED = ["model.path=model", "data.train=openai/gsm8k:main"]
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -234,6 +235,22 @@ class TestContradictions:
             ([MIXTURE, "reward.success=math", "reward.wrong=-1"], ["reward.wrong", "reward.mixture"]),
             ([MIXTURE, "reward.success=math", "reward.options.a=1"], ["reward.options", "reward.mixture"]),
             ([MIXTURE.replace("0.2", ".inf"), "reward.success=math"], ["reward.mixture[1].weight", "finite"]),
+            (
+                [MIXTURE.replace("0.2", "-0.2"), "reward.success=math"],
+                ["reward.mixture[1].weight", "actor.adv_norm.aggregation_mode=mix", "-0.2"],
+            ),
+            (
+                [MIXTURE.replace("0.2", "-0.2"), THRESHOLD, "actor.adv_norm.aggregation_mode=mean_only"],
+                ["reward.mixture[1].weight", "actor.adv_norm.aggregation_mode=mean_only"],
+            ),
+            (
+                [MIXTURE.replace("0.2", "-0.2"), "reward.success=math", TREERPO],
+                ["reward.mixture[1].weight", "actor.adv_norm.aggregation_mode=treerpo"],
+            ),
+            (
+                [MIXTURE, "reward.success=math", TREERPO],
+                ["reward.mixture", "reward.correct", "1.2", "actor.adv_norm.aggregation_mode=treerpo"],
+            ),
             (["reward.success=math"], ["reward.success", "reward.mixture"]),
             (["reward.mixture=[{name: math},{name: math}]"], ["reward.mixture[0]", "'math'", "label"]),
             (["reward.mixture=[{name: math, label: a/b}]"], ["reward.mixture[0].label", "'a/b'"]),
@@ -315,6 +332,10 @@ class TestContradictions:
             [MIXTURE, "reward.success=math", "reward.success_score=0.5"],
             [MIXTURE, THRESHOLD],
             [MIXTURE, "actor.adv_norm.aggregation_mode=native", "reward.wrong=-1"],
+            [MIXTURE.replace("0.2", "-0.2"), "actor.adv_norm.aggregation_mode=native"],
+            [MIXTURE.replace("0.2", "0"), "reward.success=math"],
+            [MIXTURE, "reward.success=math", "reward.correct=0.8", TREERPO],
+            [MIXTURE.replace("name: math", "name: math, weight: 0.8"), "reward.success=math", TREERPO],
             ["reward.mixture=[{name: reasoning_gym}]", "reward.success=reasoning_gym"],
             ["reward.name=regex", "reward.options={pattern: '(?P<answer>x)'}"],
             ["actor.loss.old_logprobs=rollout"],

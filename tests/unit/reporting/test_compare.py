@@ -18,7 +18,14 @@ from megatron_mapo.algorithms.advantages import estimate_advantages
 from megatron_mapo.cli import main
 from megatron_mapo.compare import Request
 from megatron_mapo.errors import ConfigError, DataError
-from megatron_mapo.reporting.analysis import advantages_by_rate, final_pass, outcome, reaching
+from megatron_mapo.reporting.analysis import (
+    Reaching,
+    advantages_by_rate,
+    final_pass,
+    outcome,
+    reaching,
+    training_accuracy,
+)
 from megatron_mapo.reporting.arms import Study, collect, differences, label_of, pass_tables
 from megatron_mapo.reporting.run_data import load_run
 from megatron_mapo.tracking.jsonl import read_rows
@@ -164,6 +171,24 @@ class TestNumbers:
         assert reaching(run, float(means[0]), held_out=False).tokens == pytest.approx(tokens)
         assert reaching(run, 1.1, held_out=False).steps is None
         assert reaching(run, run.evaluations[1]["pass_at_1"], held_out=True).steps == 6
+
+    def test_groups_that_a_filter_dropped_count(self, runs, tmp_path):
+        def filtered(row):
+            more = {"filter/accuracy": row["reward/accuracy"] / 2, "filter/response_tokens": 1000.0 * row["step"]}
+            return json.dumps(row | more) + "\n"
+
+        copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in runs["mapo"]]
+        for folder in copies:
+            file = folder / "metrics.jsonl"
+            file.write_text("".join(map(filtered, read_rows(file))))
+        study = collect([*runs["idle"], *copies], None)
+        kept, sampled = (training_accuracy(s).arms[1].value for s in (study_of(runs, "idle", "mapo"), study))
+        assert sampled == pytest.approx(kept / 2)
+        run = load_run(copies[0])
+        mean = float(np.mean([row["reward/accuracy"] / 2 for row in run.metrics[:5]]))
+        assert reaching(run, mean, held_out=False) == Reaching(5.0, 15_000.0)
+        assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *map(str, [*runs["idle"], *copies])]) == 0
+        assert "| 21,000 |" in (tmp_path / "out/report.md").read_text()
 
     def test_advantages_by_success_rate_are_those_of_the_formula(self, runs):
         import torch

@@ -85,6 +85,20 @@ def test_a_component_that_fails_is_wrong_alone():
         judge(replace(config, on_failure=OnFailure.error), ["42", "raise"])
 
 
+def test_a_penalty_cannot_be_escaped_by_making_its_verifier_fail():
+    penalty = RewardComponent("reward_cases:obey", weight=-0.5, label="penalty")
+    mixture = [RewardComponent("exact"), penalty, replace(penalty, weight=0.25, label="bonus")]
+    config = RewardConfig(
+        mixture=mixture, success="penalty", timeout=60.0, correct=2.0, wrong=-1.0, on_failure=OnFailure.wrong
+    )
+    verdicts, failures = judge(config, ["42", "41", "raise", "die"])
+    assert [v.reward for v in verdicts] == [1.5, -0.75, -2.25, -2.25]
+    assert [v.parts["penalty"] for v in verdicts] == [2.0, -1.0, 2.0, 2.0]
+    assert [v.parts["bonus"] for v in verdicts] == [2.0, -1.0, -1.0, -1.0]
+    assert [v.success for v in verdicts] == [True, False, False, False]
+    assert failures == 4
+
+
 def test_the_first_failure_ends_the_call_and_the_pool_works_afterwards():
     mixture = [RewardComponent("async_cases:obey"), RewardComponent("reward_cases:score")]
     with RewardPool(RewardConfig(mixture=mixture, timeout=5.0, concurrency=2)) as pool:

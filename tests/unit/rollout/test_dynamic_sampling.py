@@ -73,6 +73,8 @@ def test_rounds_go_on_until_there_are_enough():
     assert found.metrics["filter/accuracy"] == pytest.approx(12 / 32)
     assert found.metrics["filter/all_wrong"] == pytest.approx(3 / 8)
     assert found.metrics["filter/all_right"] == pytest.approx(1 / 8)
+    assert found.metrics["filter/response_tokens"] == 8 * 4 * 2
+    assert found.batch.response_lens.sum() == 4 * 4 * 2
 
 
 def test_more_than_wanted_are_dropped():
