@@ -21,7 +21,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.command_lines: set[str] = set()
-        self.names: dict[int, str] = {}  # the last of each process: sglang's workers change theirs
+        self.names: dict[int, set[str]] = {}  # all of each process: sglang's workers change theirs
         self.listening: set[tuple[str, int]] = set()
 
     def look(self, process: psutil.Process) -> None:
@@ -29,7 +29,7 @@ class Seen:
             try:
                 command = " ".join(one.cmdline())
                 self.command_lines.add(command)
-                self.names[one.pid] = command or self.names.get(one.pid, "")
+                self.names.setdefault(one.pid, set()).add(command)
                 for connection in one.net_connections("inet"):
                     if connection.status == psutil.CONN_LISTEN:
                         self.listening.add((connection.laddr.ip.removeprefix("::ffff:"), one.pid))
@@ -92,8 +92,8 @@ def test_files_get_the_permissions_that_the_user_asks_for(launched: tuple[Seen, 
 def test_nothing_of_ours_listens_beyond_this_machine(launched: tuple[Seen, Path, str]) -> None:
     """sglang's scheduler opens a store of torch's own for its group of one rank (docs/security.md)."""
     seen = launched[0]
-    local = {seen.names[pid] for ip, pid in seen.listening if ip in ("127.0.0.1", "::1")}
-    beyond = {seen.names[pid] for ip, pid in seen.listening if ip not in ("127.0.0.1", "::1")}
+    local = {name for ip, pid in seen.listening if ip in ("127.0.0.1", "::1") for name in seen.names[pid]}
+    beyond = [seen.names[pid] for ip, pid in seen.listening if ip not in ("127.0.0.1", "::1")]
     assert any("server_main" in name for name in local)
     assert any("megatron_mapo.train" in name for name in local)
-    assert not [name for name in beyond if not name.startswith("sglang::scheduler")]
+    assert not [names for names in beyond if not any(name.startswith("sglang::scheduler") for name in names)]
