@@ -469,7 +469,8 @@ class RewardConfig:
     memory_mb: int = 2048
     """Most MiB of address space one verifier process may take; 0: no limit."""
     on_failure: OnFailure = OnFailure.error
-    """A verifier that raises, hangs or returns NaN stops the run (`error`), or counts as a wrong answer (`wrong`)."""
+    """A verifier that raises, hangs or returns NaN stops the run (`error`), or counts as a wrong answer (`wrong`); one
+    of negative weight then counts as right, so that no response escapes a penalty."""
     correct: float = 1.0
     """Reward of a right answer."""
     wrong: float = 0.0
@@ -600,7 +601,7 @@ class TrackingConfig:
     samples: int = 8
     """Sequences per step written to `samples.jsonl`, as text to read."""
     rollouts: bool = True
-    """All sequences of every step in `rollouts/step_NNNNNN.parquet`: text, reward, advantage, group, p, versions."""
+    """All trained sequences of every step in `rollouts/step_NNNNNN.parquet`: text, reward, advantage, p, versions."""
     progress: bool = True
     """Live progress on the terminal."""
 
