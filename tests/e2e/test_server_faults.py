@@ -137,7 +137,8 @@ def test_launched_servers_that_are_killed_or_hang_are_started_again(workspace: P
         killed, hung, _ = servers
         kill(killed)
         kill(hung, signal.SIGSTOP)
-        wait_for(lambda: steps(run_dir)[-1]["servers/serving"] == 1, child)
+        # Which is back before the other is out is a matter of the machine: only the end is certain.
+        wait_for(lambda: sum(row["servers/restarts"] for row in steps(run_dir)) == 2, child)
         wait_for(lambda: steps(run_dir)[-1]["servers/serving"] == 3, child)
         calm.touch()
         assert child.wait(timeout=200) == 0, log.read_text()
