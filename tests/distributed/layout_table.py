@@ -31,7 +31,8 @@ the loss is a plain sum whose weights carry every average (see [batches.md](batc
 Each row trains a tiny random model twice on one frozen batch, through megatron's real schedules and gloo, and is
 compared with the same two updates in one process: the largest difference, as a share of the largest value.
 `sequence_kl` has a KL term to the reference model, an entropy bonus, a temperature and the `sequence` aggregation;
-`token` and `constant` are the other aggregations. Gradients are clipped, ratios lie on both sides of the clip range.
+`token` and `constant` are the other aggregations; `gspo` and `gmpo` look at whole responses, with corrections by token
+and response. Gradients are clipped, ratios lie on both sides of the clip range.
 Microbatches of some rows are small, so that there are several; fillers are ranks that get no sequence at all.
 
 `tests/distributed/test_layouts.py` holds float32 below 1e-5. In bfloat16 each sum is rounded in another order, and two
