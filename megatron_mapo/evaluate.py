@@ -38,7 +38,7 @@ from megatron_mapo.launch.run_folder import list_checkpoints
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import read_api_key
-from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from, row_order
+from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, row_order
 from megatron_mapo.rollout.sampler import Sampler
 from megatron_mapo.rollout.scoring import Scorer
 from megatron_mapo.rollout.server import ServerGroup, log_tail
@@ -145,7 +145,7 @@ def evaluate(request: Request) -> Path:
                 scorer = Scorer(tokenizer, rewards)
                 sampler = Sampler(client, config.rollout, scorer, stop, watch=check, progress=show)
                 stack.callback(sampler.close)
-                Evaluator(sampler, scorer, right_from(config)).run(prompts, tally, config.run.seed, samples.add)
+                Evaluator(sampler, scorer, config.right_from).run(prompts, tally, config.run.seed, samples.add)
         samples.keep(sorted(samples.rows(), key=row_order))
         _report(out, subject, settings, tally, config, time.monotonic() - started)
     return out
@@ -278,7 +278,7 @@ def _settings(request: Request, config: Config, subject: Subject, prompts: Promp
             "success_score": reward.success_score,
             "correct": reward.correct,
             "wrong": reward.wrong,
-            "right_from": right_from(config),
+            "right_from": config.right_from,
         },
     }
 

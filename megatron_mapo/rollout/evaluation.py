@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megatron_mapo.algorithms.evaluation import bootstrap_interval, maj_at_n, pass_at_k, pass_at_k_sizes
-from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt
 from megatron_mapo.rollout.client import Response
 from megatron_mapo.rollout.sampler import Sampler
@@ -22,11 +21,6 @@ from megatron_mapo.rollout.scoring import Scorer
 Row = dict[str, Any]
 GREEDY = "greedy"
 """``sample`` of a greedy response; sampled ones are numbered from 0."""
-
-
-def right_from(config: Config) -> float:
-    """Smallest reward that counts as right, where ``reward.success`` is not set."""
-    return config.right_from
 
 
 def row_order(row: Mapping[str, Any]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from megatron_mapo.hardware import has_accelerator
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
 from megatron_mapo.rollout.dynamic_sampling import collect
-from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, right_from
+from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally
 from megatron_mapo.rollout.pool import ServerPool, read_urls_file
 from megatron_mapo.rollout.records import rollout_columns
 from megatron_mapo.rollout.sampler import Sampler, sample_seed
@@ -203,7 +203,7 @@ class RolloutSession:
             tally = Tally(len(self.held_out), samples, greedy=True, extracts=self.rewards.extracts)
             self._tally = (version, tally)
         tally = self._tally[1]
-        evaluator = Evaluator(self.sampler, self.scorer, right_from(self.config))
+        evaluator = Evaluator(self.sampler, self.scorer, self.config.right_from)
         evaluator.run(self.held_out, tally, sample_seed(self.config.run.seed, _EVAL, version), write)
         self._tally = None
         return tally.metrics(self.config.run.seed)

@@ -104,8 +104,4 @@ def train_frozen(config: str, overrides: list[str], pids: str) -> None:
     preemption.install()
     settings = load_config(config, overrides)
     trainer = FrozenTrainer(settings, runtime.initialize(settings))
-    try:
-        trainer.open()
-        trainer.run()
-    finally:
-        trainer.close()
+    trainer.open_and_run()

@@ -175,11 +175,7 @@ def main() -> int:
         settings = load_config(config, overrides)
         trainer = FaultyTrainer(settings, runtime.initialize(settings))
         trainer.fault = Fault(place, action, int(rank), int(step), Path(marker))
-        try:
-            trainer.open()
-            trainer.run()
-        finally:
-            trainer.close()
+        trainer.open_and_run()
     except MapoError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
