@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ FAILURE_SECONDS = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """A signal asked this process to end.
+
+    A ``KeyboardInterrupt``, because asyncio lets no other exception out of an event loop's callbacks.
 
     Attributes:
         signal: which one.
@@ -41,14 +44,27 @@ class Stopped(BaseException):
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Raise ``Stopped`` at the first Ctrl-C, SIGTERM or SIGHUP; further ones do not disturb the clean-up."""
+    """Raise ``Stopped`` at the first Ctrl-C, SIGTERM or SIGHUP; further ones do not disturb the clean-up.
+
+    Where an event loop runs, it is raised between two of the loop's callbacks: within one it could end up in a
+    transport or a task that takes it for an error of its own.
+    """
     stopped = False
+
+    def end(number: int) -> None:
+        raise Stopped(number)
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
-        if not stopped:
-            stopped = True
-            raise Stopped(number)
+        if stopped:
+            return
+        stopped = True
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            end(number)
+        else:
+            loop.call_soon_threadsafe(end, number)
 
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:

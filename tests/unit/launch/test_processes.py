@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -218,3 +220,28 @@ class TestSignals:
         with stop_signals():
             assert signal.getsignal(signal.SIGTERM) is not before
         assert signal.getsignal(signal.SIGTERM) is before
+
+    def test_in_an_event_loop_no_callback_can_take_it_for_its_own_error(self) -> None:
+        """As a socket's transport does that is writing when the signal comes."""
+        swallowed: list[BaseException] = []
+        reported: list[dict[str, object]] = []
+
+        def write() -> None:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except BaseException as error:
+                swallowed.append(error)
+
+        async def work() -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, context: reported.append(context))
+            loop.call_soon(write)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(asyncio.sleep(WAIT))
+
+        with asyncio.Runner() as runner:
+            with stop_signals(), pytest.raises(Stopped, match="SIGTERM"):
+                runner.run(work())
+            assert runner.run(asyncio.sleep(0, "goes on")) == "goes on"
+        gc.collect()
+        assert (swallowed, reported) == ([], [])
