@@ -137,7 +137,7 @@ def train(task: str, wanted: float, longest: float, size: int, lr: float) -> tup
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0:
+        if step % 25 == 0:
             reached = accuracy(model.eval(), tokenizer, rows)
             model.train()
             print(f"step {step}: loss {loss.item():.3f}, accuracy {reached:.3f}", flush=True)
