@@ -29,7 +29,7 @@ TASKS: dict[str, dict[str, int]] = {
 """Options of the tasks."""
 SEED = 77_000_000
 """Of the rows that the warm start sees; far from those of training and evaluation."""
-FILES = {"train": (0, 20_000), "heldout": (50_000_000, 128)}
+FILES = {"train": (0, 20_000), "heldout": (50_000_000, 256)}
 """Seed and rows of each file."""
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (

@@ -602,6 +602,9 @@ class TrackingConfig:
     """Sequences per step written to `samples.jsonl`, as text to read."""
     rollouts: bool = True
     """All trained sequences of every step in `rollouts/step_NNNNNN.parquet`: text, reward, advantage, p, versions."""
+    gradients_every: int = 0
+    """Every so many steps: norm of the gradient that the groups of each success rate have alone, before the update.
+    Costs one more pass over the batch. 0: never."""
     progress: bool = True
     """Live progress on the terminal."""
 
@@ -856,7 +859,7 @@ _RANGES: tuple[_Check, ...] = (
         "actor.optim.warmup_steps actor.lora.rank rollout.retries rollout.server.threads rollout.server.restarts "
         "trainer.save_interval "
         "trainer.evaluation.interval trainer.evaluation.samples trainer.threads tracking.samples "
-        "trainer.keep_every reward.memory_mb reward.overlong_buffer",
+        "trainer.keep_every tracking.gradients_every reward.memory_mb reward.overlong_buffer",
     ),
     (
         "0 or more and finite",

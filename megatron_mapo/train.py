@@ -22,14 +22,21 @@ import torch
 from torch import Tensor
 
 from megatron_mapo import checkpoint_files, preemption
-from megatron_mapo.algorithms.advantages import estimate_advantages, get_estimator
+from megatron_mapo.algorithms.advantages import estimate_advantages, get_estimator, group_statistics
 from megatron_mapo.algorithms.correction import corrects
 from megatron_mapo.algorithms.kl import rewards_with_kl
-from megatron_mapo.algorithms.metrics import correction_metrics, mismatch_metrics, rollout_metrics, update_metrics
+from megatron_mapo.algorithms.metrics import (
+    HISTOGRAM_BINS,
+    correction_metrics,
+    mismatch_metrics,
+    rollout_metrics,
+    success_bins,
+    update_metrics,
+)
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, KLPlacement, OldLogprobs, Resume, load_config, to_yaml
-from megatron_mapo.data.sequences import SUCCESS, SequenceBatch, ragged_indices
+from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch, ragged_indices
 from megatron_mapo.errors import (
     CheckpointError,
     ConfigError,
@@ -266,6 +273,10 @@ class Trainer:
         )
         metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns["advantages"] = advantages[batch.response_sequence]
+        every = self.config.tracking.gradients_every
+        if every and (self.step + 1) % every == 0:
+            with clock.phase("gradients"):
+                metrics |= self.gradient_norms(batch, columns)
         with clock.phase("update"):
             found, logprobs = self.update(batch, columns, before)
         metrics |= found
@@ -343,10 +354,7 @@ class Trainer:
             part = batch.select(index)
             in_part = _response_tokens(batch, index)
             part_columns = {name: column[in_part] for name, column in columns.items()}
-            loss = self.config.actor.loss
-            part_columns["token_weight"] = token_weights(
-                part, loss.aggregation, self.config.rollout.max_response_tokens, loss.mask_truncated
-            )
+            part_columns["token_weight"] = self._token_weights(part)
             rows = self._rows_with_gradient(part, part_columns["advantages"])
             results.append((self.policy.update(part, part_columns, rows), in_part))
         metrics = self._update_metrics(batch, columns, before, results)
@@ -356,6 +364,26 @@ class Trainer:
         scores, tokens = results[0][0].scores, results[0][1]
         logprobs[tokens[scores.computed]] = scores.logprobs[scores.computed]
         return metrics, logprobs
+
+    def _token_weights(self, batch: SequenceBatch) -> Tensor:
+        loss = self.config.actor.loss
+        return token_weights(batch, loss.aggregation, self.config.rollout.max_response_tokens, loss.mask_truncated)
+
+    def gradient_norms(self, batch: SequenceBatch, columns: dict[str, Tensor]) -> dict[str, float]:
+        """``gradient/p_00`` ...: norm of the gradient that the groups of each success rate have in the batch's loss.
+
+        The bins are those of ``group/p_hist_00`` ...; 0 where no sequence has a gradient.
+        """
+        columns = columns | {"token_weight": self._token_weights(batch)}
+        groups = group_statistics(batch.rewards, batch.group_ids, self.config.actor.adv_norm, batch.extra.get(RIGHT))
+        bins = success_bins(groups.p)[torch.searchsorted(groups.ids, batch.group_ids)]
+        with_gradient = self._rows_with_gradient(batch, columns["advantages"])
+        left = torch.arange(len(batch)) if with_gradient is None else with_gradient
+        norms = {}
+        for number in range(HISTOGRAM_BINS):
+            rows = left[bins[left] == number]
+            norms[f"gradient/p_{number:02d}"] = self.policy.gradient_norm(batch, columns, rows) if len(rows) else 0.0
+        return norms
 
     def _mini_batches(self, batch: SequenceBatch) -> Iterator[Tensor]:
         """Sequence indices of each optimizer step: whole groups, in a new order every pass."""

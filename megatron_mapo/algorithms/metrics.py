@@ -170,6 +170,11 @@ def correction_metrics(
     }
 
 
+def success_bins(p: Tensor) -> Tensor:
+    """The bin of ``HISTOGRAM_BINS`` that each success rate (or λ) in [0, 1] is in, int64."""
+    return (p * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
+
+
 def _mean(values: Tensor) -> float:
     return float(values.double().mean()) if len(values) else 0.0
 
@@ -187,6 +192,5 @@ def _percentile(values: Tensor, share: float) -> float:
 
 def _histogram(name: str, values: Tensor) -> dict[str, float]:
     """Share of ``values`` in [0, 1] in each bin."""
-    bins = (values * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
-    shares = torch.bincount(bins, minlength=HISTOGRAM_BINS) / len(values)
+    shares = torch.bincount(success_bins(values), minlength=HISTOGRAM_BINS) / len(values)
     return {f"{name}_{i:02d}": share for i, share in enumerate(shares.tolist())}

@@ -221,15 +221,8 @@ class Policy:
         Returns:
             what was found out; an update whose loss or gradient is not finite changes nothing.
         """
-        rows = torch.arange(len(batch)) if rows is None else rows
         self.scheduler.step(1)
-        for chunk in self.ddp:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._update_began = time.perf_counter()
-        microbatches = self._microbatches(batch, rows, columns)
-        outputs = self._run(self.ddp, microbatches, forward_only=False)
+        outputs, microbatches = self._gradient(batch, columns, torch.arange(len(batch)) if rows is None else rows)
         loss, packed_tokens = self._total(outputs, microbatches)
         grad_norm = self._step() if math.isfinite(loss) else math.nan
         return UpdateResult(
@@ -240,6 +233,38 @@ class Policy:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             packed_tokens=packed_tokens,
         )
+
+    def gradient_norm(self, batch: SequenceBatch, columns: dict[str, Tensor], rows: Tensor) -> float:
+        """Norm of the gradient that ``rows`` alone have in the loss of a batch, before clipping. Collective.
+
+        The loss is a sum over tokens, so the gradients of parts add up to that of the whole. Changes no weight.
+
+        Args:
+            batch, columns, rows: as for ``update``.
+
+        Returns:
+            the global norm; NaN where it is not finite.
+        """
+        own_seconds = self._own_seconds
+        self._gradient(batch, columns, rows)
+        self._own_seconds = own_seconds  # those of updates
+        self.optimizer.prepare_grads()
+        try:
+            return float(self.optimizer.get_grad_norm())
+        except NotFinite:
+            return math.nan
+
+    def _gradient(
+        self, batch: SequenceBatch, columns: dict[str, Tensor], rows: Tensor
+    ) -> tuple[list[dict[str, Tensor]], list[PackedBatch]]:
+        """Leave the loss's gradient in the buffers; what ``_run`` found, and the microbatches."""
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._update_began = time.perf_counter()
+        microbatches = self._microbatches(batch, rows, columns)
+        return self._run(self.ddp, microbatches, forward_only=False), microbatches
 
     def _gradients_are_complete(self) -> None:
         self.runtime.wait_for_compute()

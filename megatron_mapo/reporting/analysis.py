@@ -169,8 +169,8 @@ class AdvantagesByRate:
         rate: the B different success rates p.
         groups: ``[B]``, share of groups.
         positive, negative: ``[B]``, mean advantage of the responses above and below 0; NaN where there are none.
-        weight: ``[B]``, share of Σ|A|·length: the part that these groups have in the gradient, as far as it can be
-            told without measuring gradients (with loss.aggregation=token, at ratio 1).
+        weight: ``[B]``, share of Σ|A|·length: what stands for the part that these groups have in the gradient with
+            loss.aggregation=token, where that was not measured (see ``gradients_by_rate``).
     """
 
     rate: Array
@@ -214,6 +214,23 @@ def mean_histogram(study: Study, arm: Arm, name: str) -> Array | None:
     found = [histogram(arm.runs[seed].metrics, name) for seed in study.seeds]
     shares = [table[1].mean(1) for table in found if table is not None]
     return np.mean(shares, axis=0) if shares else None
+
+
+def gradients_by_rate(study: Study, arm: Arm) -> Array | None:
+    """Norm of the gradient of the groups of each bin of p, mean over the steps that had it measured and seeds.
+
+    Returns:
+        ``[bins]``, the bins of ``group/p_hist``; NaN where no such group had a gradient. None if a run did not measure
+        it (``tracking.gradients_every``).
+    """
+    found = [histogram(arm.runs[seed].metrics, "gradient/p") for seed in study.seeds]
+    tables = [table[1] for table in found if table is not None]
+    if len(tables) < len(found):
+        return None
+    norms = np.concatenate(tables, axis=1)
+    there = norms > 0
+    count = there.sum(1)
+    return np.divide((norms * there).sum(1), count, out=np.full(len(norms), np.nan), where=count > 0)
 
 
 def seconds(run: RunData) -> float:

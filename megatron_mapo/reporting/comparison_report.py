@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megatron_mapo.reporting.analysis import (
     advantages_by_rate,
     evaluations_between,
     final_pass,
+    gradients_by_rate,
     mean_histogram,
     plain,
     reaching,
@@ -141,6 +143,7 @@ def _summary(results: Results) -> dict[str, Any]:
         "target": results.target,
         "reached": plain(results.reached),
         "advantages_by_rate": plain(results.advantages),
+        "gradients_by_rate": {arm.label: plain(gradients_by_rate(study, arm)) for arm in study.arms},
         "lambda_histogram": {arm.label: plain(mean_histogram(study, arm, "group/lambda_hist")) for arm in study.arms},
         "seconds": {arm.label: study.values(arm, seconds).tolist() for arm in study.arms},
     }
@@ -160,6 +163,7 @@ def _page(results: Results, title: str, pictures: dict[str, tuple[Paint, str, tu
         Section("Learning curves", [_bands_text(count)], pictures=_some(drawn, "curves", "gradients")),
         _target(results),
         _advantages(results, drawn),
+        _gradients(results.study, drawn),
         _setup(results),
         _runs(study),
     ]
@@ -264,9 +268,8 @@ def _advantages(results: Results, drawn: dict[str, Picture]) -> Section:
     there = {label: found for label, found in results.advantages.items() if found is not None}
     if there:
         section.text.append(
-            "From rollouts/, all steps and seeds. Groups whose responses are all right or all wrong have no gradient. "
-            "Weight is the share of Σ|A|·length, which stands for a group's part in the gradient: gradients of single "
-            "groups are not measured."
+            "From rollouts/, all steps and seeds. Weight is the share of Σ|A|·length, which stands for a group's part "
+            "in the gradient with loss.aggregation=token."
         )
     missing = [label for label, found in results.advantages.items() if found is None]
     if missing:
@@ -279,6 +282,28 @@ def _advantages(results: Results, drawn: dict[str, Picture]) -> Section:
         ]
         section.tables.append(Table([f"p, {label}", "groups", "mean A > 0", "mean A < 0", "weight"], rows))
     section.pictures = _some(drawn, "advantages", "lambda")
+    return section
+
+
+def _gradients(study: Study, drawn: dict[str, Picture]) -> Section:
+    section = Section("Gradient by success rate")
+    norms = {arm.label: gradients_by_rate(study, arm) for arm in study.arms}
+    there = {label: values for label, values in norms.items() if values is not None}
+    if len(there) < len(norms):
+        without = ", ".join(label for label in norms if label not in there)
+        section.text.append(f"Not measured (tracking.gradients_every) by runs of: {without}.")
+    if there:
+        section.text.append(
+            "Norm of the gradient that all groups of a success rate have together in a step's loss, before clipping; "
+            "mean over the steps that had it measured and such groups, and over seeds."
+        )
+        edges = np.linspace(0, 1, len(next(iter(there.values()))) + 1)
+        rows = [
+            [f"{low:.2f} to {high:.2f}", *("" if np.isnan(v[i]) else f"{v[i]:.4f}" for v in there.values())]
+            for i, (low, high) in enumerate(itertools.pairwise(edges))
+        ]
+        section.tables.append(Table(["p", *there], rows))
+    section.pictures = _some(drawn, "gradients_by_rate")
     return section
 
 
@@ -357,6 +382,8 @@ def _pictures(results: Results) -> dict[str, tuple[Paint, str, tuple[float, floa
         found["final"] = (partial(_draw_final, results), alt, (8.0, 1.2 + 0.5 * len(results.held_out.contrasts)))
     if any(results.advantages.values()):
         found["advantages"] = (partial(_draw_advantages, results), "Advantages by success rate", (11.4, 3.4))
+    if any(gradients_by_rate(study, arm) is not None for arm in study.arms):
+        found["gradients_by_rate"] = (partial(_draw_gradients_by_rate, study), "Gradient by success rate", (5.6, 3.1))
     if any(mean_histogram(study, arm, "group/lambda_hist") is not None for arm in study.arms):
         found["lambda"] = (partial(_draw_lambda, study), "λ of the groups", (5.6, 3.1))
     return found
@@ -435,6 +462,18 @@ def _draw_advantages(results: Results, figure: Figure) -> None:
     for axes in (left, right):
         axes.set_xlabel("success rate p of the group")
     left.legend()
+
+
+def _draw_gradients_by_rate(study: Study, figure: Figure) -> None:
+    axes = figure.subplots()
+    axes.set_title("Norm of the gradient of groups by success rate")
+    for index, arm in enumerate(study.arms):
+        norms = gradients_by_rate(study, arm)
+        if norms is not None:
+            centres = (np.arange(len(norms)) + 0.5) / len(norms)
+            axes.plot(centres, norms, color=_colour(index), marker="o", markersize=4, label=arm.label)
+    axes.set_xlabel("success rate p of the group")
+    axes.legend()
 
 
 def _draw_lambda(study: Study, figure: Figure) -> None:

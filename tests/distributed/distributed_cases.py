@@ -125,6 +125,8 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     with layout(config) as ranks:
         policy = Policy(config, ranks, config.model.path, total_updates=4)
         columns = columns_of(policy, batch, fixed)
+        part = (order % 2 == 0).nonzero().flatten()
+        found["0.grad_norm.part"] = torch.tensor(policy.gradient_norm(batch, columns, part), dtype=torch.float64)
         for k in range(2):
             result = policy.update(batch, columns)
             found[f"{k}.loss"] = torch.tensor(result.loss, dtype=torch.float64)

@@ -35,3 +35,22 @@ def test_learning_rates(schedule: LRSchedule, config: Config, runtime: Runtime, 
     columns = {"advantages": torch.zeros(1), "token_weight": torch.ones(1)}
     found = [policy.update(batch, columns).learning_rate for _ in range(UPDATES)]
     assert found == pytest.approx([expected(schedule, k + 1) for k in range(UPDATES)])
+
+
+def test_the_gradient_of_a_part_is_that_of_an_update_with_it(config: Config, runtime: Runtime, tmp_path: Path) -> None:
+    """And measuring it changes neither weights nor the update that follows."""
+    model = make_tiny_model(tmp_path / "model")
+    batch = SequenceBatch.from_responses([[1, 2]] * 4, [[3, 4], [5], [6, 7, 8], [9]], group_ids=[0, 0, 1, 1])
+    columns = {"advantages": torch.linspace(-1, 2, 7), "token_weight": torch.full((7,), 1 / 7)}
+    everything, part = torch.arange(4), torch.tensor([2, 3])
+    measured, plain, of_part = (Policy(config, runtime, model, UPDATES) for _ in range(3))
+    norms = {name: measured.gradient_norm(batch, columns, rows) for name, rows in (("all", everything), ("part", part))}
+    assert measured.take_own_seconds() == 0
+    result = measured.update(batch, columns)
+    assert norms["all"] > 0
+    assert norms["all"] == pytest.approx(plain.update(batch, columns).grad_norm, rel=1e-6)
+    assert norms["part"] == pytest.approx(of_part.update(batch, columns, rows=part).grad_norm, rel=1e-6)
+    assert norms["part"] != pytest.approx(norms["all"], rel=1e-2)
+    assert result.grad_norm == pytest.approx(norms["all"], rel=1e-6)
+    for (name, found), (_, expected) in zip(measured.named_weights(), plain.named_weights(), strict=True):
+        assert torch.equal(found, expected), name

@@ -70,6 +70,8 @@ def log_step(tracker: Tracker, config: Config, step: int, batch: SequenceBatch, 
         "servers/restarts": float(step == 3),
     }
     metrics |= {"speed/response_tokens_per_second": int(batch.response_lens.sum()) / 4.0}
+    if config.tracking.gradients_every and step % config.tracking.gradients_every == 0:
+        metrics |= {f"gradient/p_{i:02d}": 0.1 * step * i * (i < 8) for i in range(9)}
     tracker.log(step, metrics)
     prompts = [Prompt(i, [5, 6, 7], f"{question} {i}", "4", {}) for i in range(PROMPTS)]
     tracker.log_rollouts(step, lambda: rollout_columns(batch, advantages, trainer, prompts, TOKENIZER, adv_norm))

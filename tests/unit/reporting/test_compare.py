@@ -22,6 +22,7 @@ from megatron_mapo.reporting.analysis import (
     Reaching,
     advantages_by_rate,
     final_pass,
+    gradients_by_rate,
     outcome,
     reaching,
     training_accuracy,
@@ -212,6 +213,22 @@ class TestNumbers:
                 assert math.isnan(found.positive[i])
                 assert found.weight[i] == 0
         assert checked >= 2
+
+    def test_measured_gradients_by_success_rate(self, runs, tmp_path):
+        key = "tracking.gradients_every=2"
+        made = [make_run(tmp_path / f"{name}-seed{seed}", key, seed=seed) for name in "ab" for seed in (0, 1)]
+        study = collect(made, None)
+        steps = range(2, 1 + study.arms[0].runs[0].steps, 2)
+        norms = gradients_by_rate(study, study.arms[0])
+        assert norms[1:8] == pytest.approx([0.1 * np.mean(steps) * i for i in range(1, 8)])
+        assert np.isnan(norms[[0, 8]]).all()
+        out = tmp_path / "out"
+        folders = [*made, *runs["idle"][:2]]
+        assert main(["compare", "--output", str(out), "--runs", *map(str, folders)]) == 0
+        text = (out / "report.md").read_text()
+        assert f"| 0.33 to 0.44 | {norms[3]:.4f} | {norms[3]:.4f} |" in text
+        assert "Not measured (tracking.gradients_every) by runs of: idle" in text
+        assert (out / "gradients_by_rate.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
