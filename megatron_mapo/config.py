@@ -1177,13 +1177,7 @@ def _validate_rollout(config: Config) -> None:
         "rollout.filter.varied drops groups of equal rewards, which have an advantage with "
         f"{'actor.loss.kl_in=reward' if shaped else f'actor.adv_norm.aggregation_mode={mode}'}: unset one of them",
     )
-    graded = not config.reward.mixture and config.reward.name in PARTIAL_VERIFIERS
-    known = config.reward.success is not None or config.actor.adv_norm.success_threshold is not None
-    _require(
-        known or not graded or (rollout.filter.min_p is None and rollout.filter.max_p is None),
-        f"rollout.filter.min_p and max_p are about success rates, and reward.name={config.reward.name} gives partial "
-        "scores: set actor.adv_norm.success_threshold",
-    )
+    _validate_success_rates(config)
     _require(
         config.reward.overlong_buffer == 0 or config.reward.overlong_penalty > 0,
         "reward.overlong_buffer is where reward.overlong_penalty grows, and that is 0",
@@ -1214,6 +1208,25 @@ def _validate_rollout(config: Config) -> None:
         f"rollout.wait_timeout ({rollout.wait_timeout:g}) must be below trainer.hang_timeout "
         f"({config.trainer.hang_timeout:g}): the other ranks wait while rank 0 waits for servers",
     )
+
+
+def _validate_success_rates(config: Config) -> None:
+    """Bounds of success rates need rewards of which it is known what a success is."""
+    reward = config.reward
+    if reward.success is not None or config.actor.adv_norm.success_threshold is not None:
+        return
+    if reward.mixture:
+        titles = ", ".join(component.title for component in reward.mixture)
+        needs = f"a reward.mixture does not say what a success is: set reward.success to one of {titles}, or "
+    elif reward.name in PARTIAL_VERIFIERS:
+        needs = f"reward.name={reward.name} gives partial scores: set "
+    else:
+        return
+    for section, bounds in (("rollout.filter", config.rollout.filter), ("data.curriculum", config.data.curriculum)):
+        _require(
+            bounds.min_p is None and bounds.max_p is None,
+            f"{section}.min_p and {section}.max_p are about success rates, and {needs}actor.adv_norm.success_threshold",
+        )
 
 
 def _validate_data(config: Config) -> None:

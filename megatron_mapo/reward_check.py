@@ -20,10 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_mapo.algorithms.evaluation import is_right
 from megatron_mapo.config import Config, OnFailure, RewardConfig, load_config, single_verifier
 from megatron_mapo.data.prompts import read_records
 from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.rewards.pool import RewardPool, Verdict
+from megatron_mapo.rollout.scoring import right_verdicts
 
 RESPONSE = "response"
 QUESTION_OF_SAMPLES = "prompt"
@@ -201,7 +203,7 @@ def _label(where: str, value: Any, column: str, config: Config) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float):
-        return value >= config.right_from
+        return bool(is_right(value, config.right_from))
     raise DataError(f"{where}: column {column!r} (--label-key) must be true, false or a reward, got {value!r:.80}")
 
 
@@ -218,8 +220,8 @@ def _judge(name: str, reward: RewardConfig, rows: Sequence[Row], right_from: flo
         extracted: list[str | None] = [None] * len(rows)
         if pool.extracts:
             extracted = asyncio.run(pool.extract(responses))
-    right = [v.reward >= right_from if v.success is None else v.success for v in verdicts]
-    right = [is_right and verdict.failure is None for is_right, verdict in zip(right, verdicts, strict=True)]
+    judged = right_verdicts(verdicts, right_from)
+    right = [is_so and verdict.failure is None for is_so, verdict in zip(judged, verdicts, strict=True)]
     return Outcome(name, verdicts, right, extracted, seconds)
 
 

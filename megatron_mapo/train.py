@@ -268,9 +268,7 @@ class Trainer:
         with clock.phase("rollout"):
             batch = self.on_servers(lambda: self._main_rollout.sample(self.step))
         columns, before = self.score(batch, clock)
-        advantages = estimate_advantages(
-            self._rewards(batch, columns), batch.group_ids, self.config.actor.adv_norm, batch.extra.get(SUCCESS)
-        )
+        advantages = self._advantages(batch, columns)
         metrics = rollout_metrics(batch, advantages, self.config.actor.adv_norm, self.step)
         columns["advantages"] = advantages[batch.response_sequence]
         every = self.config.tracking.gradients_every
@@ -332,6 +330,13 @@ class Trainer:
     def _kl_in_reward(self) -> bool:
         loss = self.config.actor.loss
         return loss.kl_coef > 0 and loss.kl_in is KLPlacement.reward
+
+    def _advantages(self, batch: SequenceBatch, columns: dict[str, Tensor]) -> Tensor:
+        """Advantages, float32 ``[N]``. What is right is what the verifier said, whatever was done to its rewards."""
+        rewards, right = self._rewards(batch, columns), batch.extra.get(RIGHT)
+        return estimate_advantages(
+            rewards, batch.group_ids, self.config.actor.adv_norm, right, graded=SUCCESS in batch.extra
+        )
 
     def _rewards(self, batch: SequenceBatch, columns: dict[str, Tensor]) -> Tensor:
         """What the advantages are made of: the verifier's rewards, less the KL where that is in the reward."""

@@ -157,7 +157,11 @@ Estimator = Callable[[Groups, AdvNormConfig], Tensor]
 
 
 def estimate_advantages(
-    rewards: Tensor, group_ids: Tensor, config: AdvNormConfig, success: Tensor | None = None
+    rewards: Tensor,
+    group_ids: Tensor,
+    config: AdvNormConfig,
+    success: Tensor | None = None,
+    graded: bool | None = None,
 ) -> Tensor:
     """Advantage of every response relative to its group.
 
@@ -182,7 +186,8 @@ def estimate_advantages(
     ``mix``, ``mean_only`` and ``treerpo`` divide by the mean, and ``pass_at_k`` counts successes, which has a meaning
     only for rewards in {0, 1}: a group's two values, whatever they are, are first mapped to {0, 1} (the higher is
     success), so μ = p.
-    With ``success_threshold`` or ``success`` the rewards are used as they are, and p is the share of successes.
+    With ``success_threshold``, or where the rewards are ``graded``, they are used as they are, and p is the share of
+    successes.
 
     A group whose rewards are all equal, hence a group of one, gets exactly 0 (but for ``reinforce++``, whose
     baseline is the batch's). Groups are found by id: their sizes, ids and order are free, and an advantage
@@ -192,7 +197,10 @@ def estimate_advantages(
         rewards: floating point or integer ``[N]``.
         group_ids: integer ``[N]``, equal for the responses to one prompt.
         config: section ``actor.adv_norm``.
-        success: bool ``[N]``, which responses are successes, where the verifier says so.
+        success: bool ``[N]``, which responses are successes, where that is known: what ``Groups.p`` counts. Modes that
+            map a group's two values to {0, 1} go by these values.
+        graded: a success does not follow from the rewards, as in a mixture whose verifier says what one is. Unset: if
+            ``success`` is given.
 
     Returns:
         float32 ``[N]``, on the device of ``rewards``; computed in float64.
@@ -203,8 +211,10 @@ def estimate_advantages(
         ConfigError: the rewards do not suit the mode (the message names the key to change), or an estimator of
             the user does not return one finite number a response.
     """
-    groups, order = _group(rewards, group_ids, config, success)
-    if config.success_threshold is None and success is None and config.aggregation_mode in RIGHT_OR_WRONG_MODES:
+    as_given = config.success_threshold is not None or (success is not None if graded is None else graded)
+    two_valued = not as_given and config.aggregation_mode in RIGHT_OR_WRONG_MODES
+    groups, order = _group(rewards, group_ids, config, None if two_valued else success)
+    if two_valued:
         groups = _right_or_wrong(groups, config)
     advantages = get_estimator(config.aggregation_mode)(groups, config)
     if config.aggregation_mode not in ESTIMATORS:

@@ -16,6 +16,22 @@ _CHUNK_ELEMENTS = 1 << 23
 """Most elements of one temporary tensor."""
 
 
+def is_right(rewards: Tensor | float, right_from: float) -> Tensor:
+    """Which rewards reach ``right_from``: the one definition, for training, evaluations and verifiers' scores.
+
+    Compared in float32, as batches hold rewards: 0.9 reaches 0.9, and a sum that misses its threshold by the last bit
+    of a double reaches it.
+
+    Args:
+        rewards: any shape.
+        right_from: smallest reward that is right.
+
+    Returns:
+        bool, of the shape of ``rewards``.
+    """
+    return torch.as_tensor(rewards, dtype=torch.float32) >= torch.tensor(right_from, dtype=torch.float32)
+
+
 def pass_at_k_sizes(n: int) -> list[int]:
     """The k that are reported for n samples: powers of two below n, and n."""
     return [*(1 << i for i in range(n.bit_length()) if 1 << i < n), n]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from megatron_mapo.algorithms.evaluation import is_right
 from megatron_mapo.config import OnFailure, RewardComponent, RewardConfig
 from megatron_mapo.errors import RewardError
 from megatron_mapo.rewards.processes import Reply, VerifierProcesses
@@ -181,7 +183,8 @@ class RewardPool:
         failure = next((Failure(reply["kind"], reply["error"]) for reply in replies if "error" in reply), None)
         if not config.mixture:
             return Verdict(values[0], failure=failure)
-        reward = sum(component.weight * value for component, value in zip(config.mixture, values, strict=True))
+        # Exact but for one rounding: 0.7 + 0.2 + 0.1 reaches a threshold of 1.
+        reward = math.fsum(component.weight * value for component, value in zip(config.mixture, values, strict=True))
         parts = {component.title: value for component, value in zip(config.mixture, values, strict=True)}
         success = None if config.success is None else self._is_success(replies[self._main])
         return Verdict(reward, success, parts, failure)
@@ -199,7 +202,7 @@ class RewardPool:
     def _is_success(self, reply: Reply) -> bool:
         if "score" in reply:
             least = self.config.success_score
-            return reply["score"] >= (self.config.correct if least is None else least)
+            return bool(is_right(reply["score"], self.config.correct if least is None else least))
         return reply.get("right", False)
 
     def _error(self, index: int, what: str, reply: Reply, response: str) -> RewardError:

@@ -16,7 +16,7 @@ from megatron_mapo.algorithms.evaluation import bootstrap_interval, maj_at_n, pa
 from megatron_mapo.data.prompts import Prompt
 from megatron_mapo.rollout.client import Response
 from megatron_mapo.rollout.sampler import Sampler
-from megatron_mapo.rollout.scoring import Scorer
+from megatron_mapo.rollout.scoring import Scorer, right_verdicts
 
 Row = dict[str, Any]
 GREEDY = "greedy"
@@ -164,6 +164,7 @@ class Evaluator:
         responses = [*sampled, *greedy]
         texts = self.scorer.texts([r.token_ids for r in responses])
         verdicts, answers = await self.scorer.judge(prompt, texts), await self.scorer.extract(texts)
+        right = right_verdicts(verdicts, self.right_from)
         return [
             {
                 "prompt_id": prompt.id,
@@ -172,7 +173,7 @@ class Evaluator:
                 "answer": prompt.answer,
                 "response": text,
                 "reward": verdict.reward,
-                "right": verdict.reward >= self.right_from if verdict.success is None else verdict.success,
+                "right": right[index],
                 **({"rewards": verdict.parts} if verdict.parts else {}),
                 "extracted": answer,
                 "truncated": response.truncated,

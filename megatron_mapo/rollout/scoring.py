@@ -6,12 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
+from megatron_mapo.algorithms.evaluation import is_right
 from megatron_mapo.data.prompts import Prompt
 from megatron_mapo.data.sequences import REWARD_PART, SUCCESS
 from megatron_mapo.rewards.pool import RewardPool, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def right_verdicts(verdicts: Sequence[Verdict], right_from: float) -> list[bool]:
+    """Which responses are right: as ``reward.success`` says, else by their reward (see ``is_right``)."""
+    reached = is_right(torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float64), right_from).tolist()
+    return [reaches if v.success is None else v.success for v, reaches in zip(verdicts, reached, strict=True)]
 
 
 @dataclass(frozen=True)

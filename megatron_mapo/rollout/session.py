@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_mapo.algorithms.advantages import group_statistics
+from megatron_mapo.algorithms.evaluation import is_right
 from megatron_mapo.algorithms.filters import filters
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
@@ -73,18 +74,9 @@ def overlong(lengths: Tensor, truncated: Tensor, longest: int, buffer: int) -> T
     return torch.where(truncated, 1.0, grown.clamp(0, 1))
 
 
-def right_responses(batch: SequenceBatch, config: Config) -> Tensor | None:
-    """Which responses are right by what the verifier gave, bool ``[N]``; None where rewards are graded.
-
-    In float32, as the rewards are: a threshold of 0.9 is reached by a reward of 0.9.
-    """
-    if SUCCESS in batch.extra:
-        return batch.extra[SUCCESS]
-    reward = config.reward
-    whole = (batch.rewards == torch.tensor(reward.correct)) | (batch.rewards == torch.tensor(reward.wrong))
-    if config.actor.adv_norm.success_threshold is None and not bool(whole.all()):
-        return None
-    return batch.rewards >= torch.tensor(config.right_from)
+def right_responses(batch: SequenceBatch, config: Config) -> Tensor:
+    """Which responses are right by what the verifier gave, bool ``[N]``; in evaluations: ``right_verdicts``."""
+    return batch.extra[SUCCESS] if SUCCESS in batch.extra else is_right(batch.rewards, config.right_from)
 
 
 def open_client(
@@ -181,9 +173,8 @@ class RolloutSession:
                 self.sampler.sample(prompts, version, seed if number == 0 else sample_seed(seed, number, 0), base)
             )
         batch = done[number]
-        if (right := right_responses(batch, self.config)) is not None:
-            batch.extra[RIGHT] = right
-        groups = group_statistics(batch.rewards, batch.group_ids, self.config.actor.adv_norm, right)
+        batch.extra[RIGHT] = right_responses(batch, self.config)
+        groups = group_statistics(batch.rewards, batch.group_ids, self.config.actor.adv_norm, batch.extra[RIGHT])
         self.prompts.record([prompt.id for prompt in prompts], groups.p.tolist())
         return prompts, batch
 

@@ -24,6 +24,7 @@ from megatron_mapo.errors import ConfigError
 
 MIXTURE = "reward.mixture=[{name: math},{name: format, weight: 0.2, label: form, options: {opened: true}}]"
 TREERPO = "actor.adv_norm.aggregation_mode=treerpo"
+NATIVE = "actor.adv_norm.aggregation_mode=native"
 THRESHOLD = "actor.adv_norm.success_threshold=0.5"
 NEEDED = ["model.path=model", "data.train=openai/gsm8k:main"]
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -294,6 +295,18 @@ class TestContradictions:
                 ["rollout.filter.min_p", "actor.adv_norm.success_threshold"],
             ),
             (
+                ["data.curriculum.min_p=0.1", "reward.name=reasoning_gym", NATIVE],
+                ["data.curriculum.min_p", "reward.name=reasoning_gym", "actor.adv_norm.success_threshold"],
+            ),
+            (
+                [MIXTURE, NATIVE, "rollout.filter.min_p=0.1"],
+                ["rollout.filter.min_p", "reward.success", "actor.adv_norm.success_threshold", "math, form"],
+            ),
+            (
+                [MIXTURE, NATIVE, "data.curriculum.max_p=0.9"],
+                ["data.curriculum.max_p", "reward.success", "actor.adv_norm.success_threshold", "math, form"],
+            ),
+            (
                 ["actor.adv_norm.aggregation_mode=mean_only", "reward.overlong_penalty=1"],
                 ["reward.overlong_penalty", "aggregation_mode=mean_only"],
             ),
@@ -337,6 +350,10 @@ class TestContradictions:
             [MIXTURE, "reward.success=math", "reward.correct=0.8", TREERPO],
             [MIXTURE.replace("name: math", "name: math, weight: 0.8"), "reward.success=math", TREERPO],
             ["reward.mixture=[{name: reasoning_gym}]", "reward.success=reasoning_gym"],
+            [MIXTURE, NATIVE, "reward.success=math", "rollout.filter.min_p=0.1", "data.curriculum.max_p=0.9"],
+            [MIXTURE, NATIVE, THRESHOLD, "rollout.filter.min_p=0.1", "data.curriculum.max_p=0.9"],
+            [MIXTURE, NATIVE, "rollout.filter={varied: true, max_truncated: 0.5}"],
+            ["reward.name=my.module:verifier", "rollout.filter.min_p=0.1", "data.curriculum.max_p=0.9"],
             ["reward.name=regex", "reward.options={pattern: '(?P<answer>x)'}"],
             ["actor.loss.old_logprobs=rollout"],
             ["actor.parallel.sequence=true", "actor.parallel.tensor=2"],

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_mapo.config import load_config
-from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.algorithms.advantages import estimate_advantages
+from megatron_mapo.algorithms.kl import rewards_with_kl
+from megatron_mapo.algorithms.metrics import rollout_metrics
+from megatron_mapo.config import KLEstimator, load_config
+from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch
 from megatron_mapo.train import Trainer
+
+NEEDED = ["model.path=m", "data.train=d.jsonl"]
+RATES = """
+def rate(groups, config):
+    return groups.per_response(groups.p)
+"""
+
+
+def trainer_of(*overrides: str) -> Trainer:
+    """A trainer that has nothing but its configuration."""
+    trainer = object.__new__(Trainer)
+    trainer.config = load_config(None, [*NEEDED, *overrides])
+    return trainer
+
+
+def scored_batch() -> SequenceBatch:
+    """Two groups of four; one truncated response of the first group is right, and was punished for its length."""
+    ids, rewards = [0] * 4 + [1] * 4, [0.5, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    batch = SequenceBatch.from_responses([[1]] * 8, [[2] * n for n in range(1, 9)], rewards=rewards, group_ids=ids)
+    batch.extra[RIGHT] = batch.rewards >= 0.5
+    return batch
 
 
 @pytest.mark.parametrize(("groups", "updates"), [(1, 1), (2, 2), (3, 3), (7, 3)])
@@ -22,3 +47,46 @@ def test_mini_batches_are_whole_groups_and_never_empty(groups: int, updates: int
     for some in (parts[:updates], parts[updates:]):
         assert sorted(torch.cat(some).tolist()) == list(range(len(ids)))
         assert all(len(part) % 4 == 0 and len(part) for part in some)
+
+
+@pytest.mark.parametrize("shaping", [["reward.overlong_penalty=0.5"], ["actor.loss={kl_in: reward, kl_coef: 0.5}"]])
+def test_an_estimator_of_the_user_sees_the_success_rates_that_are_logged(shaping: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rates.py").write_text(RATES)
+    trainer = trainer_of(f"actor.adv_norm.aggregation_mode={tmp_path}/rates.py:rate", *shaping)
+    batch = scored_batch()
+    tokens = len(batch.rollout_logprobs)
+    columns = {"old_logprobs": torch.zeros(tokens), "ref_logprobs": torch.linspace(-3, 0, tokens)}
+    found = trainer._advantages(batch, columns)
+    assert found.tolist() == [0.5] * 4 + [0.75] * 4
+    logged = rollout_metrics(batch, found, trainer.config.actor.adv_norm, 0)
+    assert logged["reward/accuracy"] == float(found.mean())
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (-1.0, 1.0), (0.1, 0.7)])
+def test_what_is_right_does_not_change_advantages_of_right_or_wrong_rewards(values: tuple[float, float]) -> None:
+    trainer, batch = trainer_of(f"reward.wrong={values[0]}", f"reward.correct={values[1]}"), scored_batch()
+    right = batch.extra[RIGHT]
+    batch.rewards = torch.where(right, values[1], values[0])
+    found = trainer._advantages(batch, {})
+    plain = estimate_advantages(right.double(), batch.group_ids, trainer.config.actor.adv_norm)
+    assert found.tolist() == plain.tolist()
+    # A verifier that says what a success is has rewards of its own, which stay.
+    batch.rewards = 1 + right.float()
+    batch.extra[SUCCESS] = right
+    assert not torch.equal(trainer._advantages(batch, {}), found)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_in_the_reward_changes_the_advantages(estimator: str) -> None:
+    settings = [f"actor.loss={{kl_in: reward, kl_coef: 0.5, kl_estimator: {estimator}}}"]
+    trainer, batch = trainer_of(*settings, "actor.adv_norm.aggregation_mode=rloo"), scored_batch()
+    g = torch.Generator().manual_seed(0)
+    columns = {name: -torch.rand(len(batch.rollout_logprobs), generator=g) for name in ("old_logprobs", "ref_logprobs")}
+    found = trainer._advantages(batch, columns)
+    kl = KLEstimator(estimator)
+    shaped = rewards_with_kl(batch.rewards, *columns.values(), batch.response_sequence, 0.5, kl).double()
+    mean_of_others = torch.stack([(shaped.view(2, 4).sum(1) - r) / 3 for r in shaped.view(2, 4).T], dim=1).flatten()
+    torch.testing.assert_close(found.double(), shaped - mean_of_others, rtol=1e-6, atol=1e-6)
+    trainer.config.actor.loss.kl_coef = 0.0
+    without = trainer._advantages(batch, {})
+    assert (found - without).abs().min() > 1e-3

@@ -38,6 +38,19 @@ def test_the_reward_is_the_weighted_sum_and_success_is_a_component():
     assert verdicts[1].parts == {"math": 1.0, "form": 0.0}
 
 
+def test_a_sum_is_that_of_exact_numbers():
+    mixture = [RewardComponent("exact", weight, label=f"part{i}") for i, weight in enumerate((0.7, 0.2, 0.1))]
+    assert 0.7 + 0.2 + 0.1 < 1
+    verdicts, _ = judge(RewardConfig(mixture=mixture), ["42"])
+    assert [v.reward for v in verdicts] == [1.0]
+
+
+def test_a_success_score_is_compared_as_rewards_are():
+    mixture = [RewardComponent("reward_cases:score")]
+    verdicts, _ = judge(RewardConfig(mixture=mixture, success="score"), ["0.9999999999999999", "0.99999"])
+    assert [v.success for v in verdicts] == [True, False]
+
+
 def test_success_may_be_another_component_or_none():
     verdicts, _ = judge(RewardConfig(mixture=TWO, success="form"), [GOOD, RIGHT, WRONG])
     assert [v.success for v in verdicts] == [True, False, False]

@@ -10,7 +10,9 @@ from megatron_mapo.algorithms.filters import filters, keep_groups
 from megatron_mapo.config import AdvNormConfig, FilterConfig, load_config
 from megatron_mapo.data.prompts import Prompt
 from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.rewards.pool import Verdict
 from megatron_mapo.rollout.dynamic_sampling import collect
+from megatron_mapo.rollout.scoring import right_verdicts
 from megatron_mapo.rollout.session import overlong, right_responses
 
 ADV = AdvNormConfig()
@@ -104,18 +106,53 @@ def test_what_is_right_does_not_depend_on_what_else_was_sampled():
     settings = ["model.path=m", "data.train=d.jsonl", "reward.correct=0", "reward.wrong=-0.9"]
     config = load_config(None, settings)
 
-    def right(*rewards: float) -> list[bool] | None:
+    def right(*rewards: float) -> list[bool]:
         batch = batch_of([0])
         batch.rewards = torch.tensor(rewards)
-        found = right_responses(batch, config)
-        return None if found is None else found.tolist()
+        return right_responses(batch, config).tolist()
 
     assert right(0, 0, 0, 0) == [True] * 4
     assert right(-0.9, -0.9, -0.9, -0.9) == [False] * 4
     assert right(0, -0.9, 0, -0.9) == [True, False, True, False]
-    assert right(0, -0.9, -0.3, -0.9) is None
+    assert right(0, -0.9, -0.3, -0.9) == [True, False, False, False]
     config.actor.adv_norm.success_threshold = -0.3
     assert right(0, -0.9, -0.3, -0.9) == [True, False, True, False]
+
+
+SETTINGS = ["model.path=m", "data.train=d.jsonl", "actor.adv_norm.aggregation_mode=native"]
+THREE = "reward.mixture=[{name: math, weight: 0.7},{name: exact, weight: 0.2},{name: format, weight: 0.1}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rewards", "expected"),
+    [
+        (["reward.name=reasoning_gym"], [0.0, 0.0, 0.0, 0.01], [False] * 4),
+        (
+            ["reward.name=reasoning_gym", "actor.adv_norm.success_threshold=0.01"],
+            [0.0, 0.0, 0.0, 0.01],
+            [False] * 3 + [True],
+        ),
+        (["reward.name=mine.py:verify", "reward.correct=0.9"], [0.9, 0.5, 0.89, 5.0], [True, False, False, True]),
+        # The first component right, two of them well formed.
+        (["reward.mixture=[{name: math},{name: format, weight: 0.2}]"], [1.2, 1.2, 1.0, 1.0], [True] * 4),
+        # A sum in another order of its terms is a last bit below 1.
+        ([THREE, "actor.adv_norm.success_threshold=1.0"], [0.7 + 0.2 + 0.1, 1.0, 0.9, 0.0], [True, True, False, False]),
+    ],
+)
+def test_training_and_evaluation_agree_on_what_is_right(overrides, rewards, expected):
+    config = load_config(None, [*SETTINGS, *overrides])
+    batch = batch_of([0])
+    batch.rewards = torch.tensor(rewards)
+    right = right_responses(batch, config)
+    assert right.tolist() == expected
+    assert right_verdicts([Verdict(reward) for reward in rewards], config.right_from) == expected
+    stats = group_statistics(batch.rewards, batch.group_ids, config.actor.adv_norm, right)
+    assert stats.p.tolist() == [sum(expected) / 4]
+    # A component that says what a success is is believed, whatever the sum.
+    batch.extra["success"] = ~right
+    assert right_responses(batch, config).tolist() == (~right).tolist()
+    verdicts = [Verdict(reward, not is_right) for reward, is_right in zip(rewards, expected, strict=True)]
+    assert right_verdicts(verdicts, config.right_from) == (~right).tolist()
 
 
 def test_overlong_penalty_grows_over_the_buffer():
