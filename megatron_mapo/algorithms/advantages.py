@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ from megatron_mapo.import_path import import_function, is_import_path
 
 _THRESHOLD_KEY = "actor.adv_norm.success_threshold"
 _MODE_KEY = "actor.adv_norm.aggregation_mode"
+BLOCK = 1 << 16
+"""Responses that are worked on at a time, where groups do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Groups:
 
     def per_response(self, statistic: Tensor) -> Tensor:
         """A group's statistic ``[K]`` at each of its responses, ``[N]``."""
+        if self.uniform is not None:
+            return statistic.unsqueeze(1).expand(-1, self.uniform).reshape(-1)
         return statistic.index_select(0, self.index)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -94,16 +99,16 @@ class Groups:
     def mean(self) -> Tensor:
         """float64 ``[K]``: mean reward."""
         of_two = self.low + self._high_share * (self.high - self.low)
-        return of_two if self._two_valued is None else torch.where(self._two_valued, of_two, self._summed_mean)
+        return of_two if self.all_two_valued else torch.where(self.two_valued, of_two, self._summed_mean)
 
     @functools.cached_property
     def variance(self) -> Tensor:
         """float64 ``[K]``: population variance of the rewards."""
         of_two = self._high_share * (1 - self._high_share) * (self.high - self.low).square()
-        if self._two_valued is None:
+        if self.all_two_valued:
             return of_two
         summed = self.sum((self.rewards - self.per_response(self._summed_mean)).square()) / self.sizes
-        return torch.where(self._two_valued, of_two, summed)
+        return torch.where(self.two_valued, of_two, summed)
 
     def std(self, config: AdvNormConfig) -> Tensor:
         """float64 ``[K]``: standard deviation as ``actor.adv_norm.std`` says, without ``eps``."""
@@ -134,18 +139,20 @@ class Groups:
         return self.rewards == self.per_response(self.high)
 
     @functools.cached_property
-    def between(self) -> Tensor:
-        """bool ``[N]``: the reward is neither its group's lowest nor its highest."""
-        return ~(self.highest | (self.rewards == self.per_response(self.low)))
+    def two_valued(self) -> Tensor:
+        """bool ``[K]``: the group has at most two different rewards: none has a distance to both its extremes."""
+        above = self.rewards - self.per_response(self.low)
+        below = self.per_response(self.high) - self.rewards
+        return self.sum(torch.minimum(above, below)) == 0
+
+    @functools.cached_property
+    def all_two_valued(self) -> bool:
+        """Every group has at most two different rewards."""
+        return bool(self.two_valued.all())
 
     @functools.cached_property
     def _high_share(self) -> Tensor:
         return self.sum(self.highest.double()) / self.sizes
-
-    @functools.cached_property
-    def _two_valued(self) -> Tensor | None:
-        """bool ``[K]``: the group has at most two different rewards; None: all have."""
-        return self.sum(self.between.double()) == 0 if bool(self.between.any()) else None
 
     @functools.cached_property
     def _summed_mean(self) -> Tensor:
@@ -211,7 +218,40 @@ def estimate_advantages(
         ConfigError: the rewards do not suit the mode (the message names the key to change), or an estimator of
             the user does not return one finite number a response.
     """
+    _check(rewards, group_ids, success)
+    order = _order(group_ids)
+    if order is not None:
+        rewards, group_ids = rewards[order], group_ids[order]
+        success = None if success is None else success[order]
     as_given = config.success_threshold is not None or (success is not None if graded is None else graded)
+    parts = [
+        _estimate(rewards[part], group_ids[part], config, None if success is None else success[part], as_given)
+        for part in _blocks(group_ids, config.aggregation_mode)
+    ]
+    advantages = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return advantages if order is None else torch.empty_like(advantages).index_copy_(0, order, advantages)
+
+
+def _order(group_ids: Tensor) -> Tensor | None:
+    """What brings the responses of each group together, in the order of ids; None where they are so already."""
+    return None if bool((group_ids[1:] >= group_ids[:-1]).all()) else group_ids.argsort(stable=True)
+
+
+def _blocks(group_ids: Tensor, mode: str) -> list[slice]:
+    """Whole groups, about ``BLOCK`` responses at a time where no advantage depends on another group.
+
+    What an estimator computes on the way then stays in the processor's caches.
+    """
+    if mode not in _GROUP_ALONE or len(group_ids) < 2 * BLOCK:
+        return [slice(None)]
+    starts = torch.searchsorted(group_ids, group_ids[::BLOCK].contiguous()).unique().tolist()
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(group_ids)])]
+
+
+def _estimate(
+    rewards: Tensor, group_ids: Tensor, config: AdvNormConfig, success: Tensor | None, as_given: bool
+) -> Tensor:
+    """``estimate_advantages`` of whole groups that stand in the order of their ids."""
     two_valued = not as_given and config.aggregation_mode in RIGHT_OR_WRONG_MODES
     groups, order = _group(rewards, group_ids, config, None if two_valued else success)
     if two_valued:
@@ -261,6 +301,10 @@ def group_statistics(
     Raises:
         DataError, RewardError: as ``estimate_advantages``.
     """
+    _check(rewards, group_ids, success)
+    if (order := _order(group_ids)) is not None:
+        rewards, group_ids = rewards[order], group_ids[order]
+        success = None if success is None else success[order]
     groups, _ = _group(rewards, group_ids, config, success)
     return GroupStatistics(groups.ids, groups.sizes, groups.p, _lambda(groups.p), groups.varied)
 
@@ -268,22 +312,15 @@ def group_statistics(
 def _group(
     rewards: Tensor, group_ids: Tensor, config: AdvNormConfig, success: Tensor | None
 ) -> tuple[Groups, Tensor | None]:
-    """The groups, and the place in ``rewards`` of each response there (None: the same)."""
-    _check(rewards, group_ids, success)
-    values = rewards.double()
-    order = None
+    """The groups of responses in the order of their ids, and the place in ``rewards`` of each response there (None:
+    the same)."""
     ids, index, sizes = torch.unique_consecutive(group_ids, return_inverse=True, return_counts=True)
-    if not bool((ids[1:] > ids[:-1]).all()):
-        order = group_ids.argsort(stable=True)
-        values = values[order]
-        ids, index, sizes = torch.unique_consecutive(group_ids[order], return_inverse=True, return_counts=True)
-    groups = _with_extremes(values, ids, index, sizes)
-    if bool(groups.between.any()):
+    groups, order = _with_extremes(rewards.double(), ids, index, sizes), None
+    if not groups.all_two_valued:
         # Sums in the order of the rewards, not of the responses.
         by_reward = groups.rewards.argsort(stable=True)
-        within = by_reward[groups.index[by_reward].argsort(stable=True)]
-        order = within if order is None else order[within]
-        groups = replace(groups, rewards=groups.rewards[within])
+        order = by_reward[groups.index[by_reward].argsort(stable=True)]
+        groups = replace(groups, rewards=groups.rewards[order])
     if success is not None:
         return replace(groups, succeeded=success if order is None else success[order]), order
     threshold = config.success_threshold
@@ -309,7 +346,7 @@ def _check(rewards: Tensor, group_ids: Tensor, success: Tensor | None) -> None:
     if len(rewards) == 0:
         raise DataError("no rewards: the batch has no responses")
     # One pass when all is well: a sum is finite only if its terms are, and in float64 float32 terms cannot overflow.
-    if bool(torch.isfinite(rewards.sum(dtype=torch.float64))):
+    if bool(torch.isfinite(rewards.sum())):
         return
     bad = (~torch.isfinite(rewards)).nonzero().flatten()
     if len(bad):
@@ -339,7 +376,7 @@ def _success(groups: Groups, threshold: float | None) -> Tensor:
     worst, best = groups.low.min(), groups.high.max()
     # Compared as distances: the midpoint of two neighbouring floats would round to one of them.
     equal_and_good = best - groups.high < groups.high - worst if bool(best > worst) else groups.high > 0
-    if not bool(groups.between.any()):
+    if groups.all_two_valued:
         return groups.highest & groups.per_response(groups.varied | equal_and_good)
     low = groups.per_response(torch.where(groups.varied, groups.low, worst))
     high = groups.per_response(torch.where(groups.varied, groups.high, best))
@@ -352,7 +389,7 @@ def _lambda(p: Tensor) -> Tensor:
 
 def _right_or_wrong(groups: Groups, config: AdvNormConfig) -> Groups:
     """The same groups with rewards in {0, 1}, so that they may be divided by their mean."""
-    if bool(groups.between.any()):
+    if not groups.all_two_valued:
         _refuse_graded(groups, config)
     binary = groups.succeeded.double()
     low, high = (torch.where(groups.varied, edge, groups.p) for edge in (0.0, 1.0))
@@ -360,7 +397,7 @@ def _right_or_wrong(groups: Groups, config: AdvNormConfig) -> Groups:
 
 
 def _refuse_graded(groups: Groups, config: AdvNormConfig) -> None:
-    group = groups.index[groups.between.nonzero().flatten()[0]]
+    group = (~groups.two_valued).nonzero().flatten()[0]
     values = groups.rewards[groups.index == group].unique().tolist()
     raise ConfigError(
         f"{_MODE_KEY}={config.aggregation_mode} needs right-or-wrong rewards, but group "
@@ -491,3 +528,5 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce++_baseline": _reinforce_pp_baseline,
     "pass_at_k": _pass_at_k,
 }
+_GROUP_ALONE = frozenset({"native", "mix", "mean_only", "center", "rloo", "treerpo", "pass_at_k"})
+"""Modes in which an advantage depends on its own group only."""

@@ -231,6 +231,19 @@ def test_zero_eps_gives_no_nan(mode):
     assert advantages([1.0] * 3, [0, 1, 1], config(mode, Std.unbiased, 0.0)) == [0.0] * 3
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_many_responses_are_worked_on_in_blocks_of_whole_groups(mode, shuffled, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(4, 9, (50,), generator=generator)
+    ids = torch.repeat_interleave(torch.randperm(50, generator=generator) if shuffled else torch.arange(50), sizes)
+    order = torch.randperm(len(ids), generator=generator) if shuffled else torch.arange(len(ids))
+    ids, rewards = ids[order], (torch.rand(len(ids), generator=generator) < 0.4).float()
+    whole = estimate_advantages(rewards, ids, AdvNormConfig(aggregation_mode=mode))
+    monkeypatch.setattr("megatron_mapo.algorithms.advantages.BLOCK", 20)
+    assert torch.equal(estimate_advantages(rewards, ids, AdvNormConfig(aggregation_mode=mode)), whole)
+
+
 def test_gpg_makes_up_for_groups_without_gradient():
     rewards = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert advantages(rewards, [0, 0, 1, 1, 2, 2, 3, 3], config("gpg")) == [2.0, -2.0, 0, 0, 0, 0, 0, 0]
