@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_mapo import checkpoint_files, preemption
 from megatron_mapo.algorithms.advantages import estimate_advantages, get_estimator
+from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.algorithms.correction import corrects
 from megatron_mapo.algorithms.kl import rewards_with_kl
 from megatron_mapo.algorithms.metrics import correction_metrics, mismatch_metrics, rollout_metrics, update_metrics
@@ -46,7 +47,7 @@ from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint import Checkpointer
 from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.lora import save_adapter
-from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
+from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.evaluation import row_order
@@ -349,9 +350,9 @@ class Trainer:
             in_part = _response_tokens(batch, index)
             part_columns = {name: column[in_part] for name, column in columns.items()}
             loss = self.config.actor.loss
-            part_columns["token_weight"] = token_weights(
-                part, loss.aggregation, self.config.rollout.max_response_tokens, loss.mask_truncated
-            )
+            left_out, longest = part.truncated if loss.mask_truncated else None, self.config.rollout.max_response_tokens
+            weights = token_weights(part.response_lens, loss.aggregation, longest, left_out)
+            part_columns["token_weight"] = weights.float()
             rows = self._rows_with_gradient(part, part_columns["advantages"])
             results.append((self.policy.update(part, part_columns, rows), in_part))
         metrics = self._update_metrics(batch, columns, before, results)
