@@ -368,7 +368,7 @@ class FilterConfig:
     """Groups worth training on; others are sampled again with other prompts (dynamic sampling)."""
 
     varied: bool = False
-    """Drop groups whose rewards are all equal, which have no advantage (DAPO)."""
+    """Drop groups whose rewards are all equal before any overlong penalty: all right or all wrong (DAPO)."""
     min_p: float | None = None
     """Drop groups whose success rate is below this; unset: no bound."""
     max_p: float | None = None
@@ -476,7 +476,8 @@ class RewardConfig:
     wrong: float = 0.0
     """Reward of a wrong answer."""
     overlong_penalty: float = 0.0
-    """Subtracted from truncated responses. Must be 0 with `actor.adv_norm.aggregation_mode=mix`."""
+    """Subtracted from truncated responses. Must be 0 with modes that need right or wrong: `mix`, `mean_only`,
+    `treerpo`, `pass_at_k`."""
     overlong_buffer: int = 0
     """Tokens before `rollout.max_response_tokens` over which the penalty grows from 0 (DAPO's soft punishment)."""
 
@@ -1081,6 +1082,7 @@ def _validate_loss(config: Config) -> None:
         loss.dual_clip is None or loss.objective is Objective.ppo,
         f"actor.loss.dual_clip is part of actor.loss.objective=ppo; unset it with {loss.objective.value}",
     )
+    _validate_unused(loss, correction)
     in_reward = loss.kl_coef > 0 and loss.kl_in is KLPlacement.reward
     _require(
         not in_reward or mode not in RIGHT_OR_WRONG_MODES,
@@ -1105,6 +1107,42 @@ def _validate_loss(config: Config) -> None:
             low is None or high is None or low < high,
             f"actor.correction.{kind}_low ({low}) must be below actor.correction.{kind}_high ({high})",
         )
+
+
+def _validate_unused(loss: LossConfig, correction: CorrectionConfig) -> None:
+    """Settings that the objective does not use, or uses otherwise than its paper: somebody has forgotten something.
+
+    A bound at its default is not told from one that was not set, so that alone is never an error.
+    """
+    objective = f"actor.loss.objective={loss.objective.value}"
+    # `constant` also counts a response by its length, but it is no default: it was chosen.
+    _require(
+        loss.objective not in (Objective.gspo, Objective.gmpo) or loss.aggregation is not LossAggregation.token,
+        f"{objective} is a mean over responses, and with actor.loss.aggregation=token long ones count more: set "
+        "actor.loss.aggregation=sequence (the paper's), or constant",
+    )
+    default = LossConfig()
+    used = {
+        "clip_low": loss.objective is not Objective.sapo,
+        "clip_high": loss.objective is not Objective.sapo,
+        "sapo_tau": loss.objective is Objective.sapo,
+        "sapo_tau_negative": loss.objective is Objective.sapo,
+    }
+    for name, is_used in used.items():
+        _require(
+            is_used or getattr(loss, name) == getattr(default, name),
+            f"actor.loss.{name} is set and {objective} does not use it: unset it, or choose another objective",
+        )
+    _require(
+        loss.kl_coef > 0 or loss.kl_in is KLPlacement.loss,
+        "actor.loss.kl_in=reward subtracts nothing with actor.loss.kl_coef=0: set actor.loss.kl_coef, or unset "
+        "actor.loss.kl_in",
+    )
+    _require(
+        correction.weight is not CorrectionWeight.none or correction.weight_max == CorrectionConfig().weight_max,
+        "actor.correction.weight_max bounds a weight, and actor.correction.weight=none has none: set "
+        "actor.correction.weight, or unset actor.correction.weight_max",
+    )
 
 
 def _validate_actor(config: Config) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_mapo import checkpoint_files, preemption
 from megatron_mapo.algorithms.advantages import estimate_advantages, get_estimator, group_statistics
+from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.algorithms.correction import corrects
 from megatron_mapo.algorithms.kl import rewards_with_kl
 from megatron_mapo.algorithms.metrics import (
@@ -53,7 +54,7 @@ from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint import Checkpointer
 from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.lora import save_adapter
-from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult, token_weights
+from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.evaluation import row_order
@@ -371,8 +372,9 @@ class Trainer:
         return metrics, logprobs
 
     def _token_weights(self, batch: SequenceBatch) -> Tensor:
-        loss = self.config.actor.loss
-        return token_weights(batch, loss.aggregation, self.config.rollout.max_response_tokens, loss.mask_truncated)
+        loss, longest = self.config.actor.loss, self.config.rollout.max_response_tokens
+        left_out = batch.truncated if loss.mask_truncated else None
+        return token_weights(batch.response_lens, loss.aggregation, longest, left_out).float()
 
     def gradient_norms(self, batch: SequenceBatch, columns: dict[str, Tensor]) -> dict[str, float]:
         """``gradient/p_00`` ...: norm of the gradient that the groups of each success rate have in the batch's loss.

@@ -34,7 +34,9 @@ def correction_weights(
     * ``weight=token``: min(c_t, ``weight_max``). Truncated importance sampling (F. Yao et al., "Your efficient RL
       framework secretly brings you off-policy RL training", 2025). With the old log-probs recomputed it is the
       decoupled objective of AReaL, arXiv 2505.24298, eq. 5: μ behaves, π_old is proximal.
-    * ``weight=sequence``: min(Π c over the response, ``weight_max``), the ratio of the whole responses.
+    * ``weight=sequence``: min(Π c over the response, ``weight_max``), the ratio of the whole responses. Importance
+      sampling of trajectories (D. Precup et al., "Eligibility traces for off-policy policy evaluation", 2000),
+      truncated as by J. Liu et al. below.
     * ``mask_low``, ``mask_high``: 0 where c_t is outside. With ``weight=token`` and no ``weight_max`` this is IcePop
       (Ring-1T, arXiv 2510.18855, eq. 3).
     * ``reject_low``, ``reject_high``: 0 in a whole response whose geometric mean of c_t is outside (J. Liu et al.,

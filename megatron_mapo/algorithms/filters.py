@@ -18,8 +18,8 @@ def filters(config: FilterConfig) -> bool:
 def keep_groups(batch: SequenceBatch, groups: GroupStatistics, config: FilterConfig) -> Tensor:
     """Groups that pass every filter of ``rollout.filter``.
 
-    * ``varied``: not all rewards are equal, so that there is an advantage. This is DAPO's dynamic sampling,
-      arXiv 2503.14476, eq. 11.
+    * ``varied``: not all rewards are equal. This is DAPO's dynamic sampling, arXiv 2503.14476, eq. 11. As there, the
+      rewards are the verifier's, before any overlong penalty.
     * ``min_p``, ``max_p``: bounds of the success rate, both allowed.
     * ``max_truncated``: most of its responses that may be truncated, as a share.
 

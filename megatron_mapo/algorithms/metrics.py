@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_mapo.algorithms.advantages import group_statistics
 from megatron_mapo.algorithms.correction import correction_weights
 from megatron_mapo.algorithms.kl import MAX_LOG_RATIO, kl_penalty
-from megatron_mapo.algorithms.objectives import TokenTerms, clipped_tokens
+from megatron_mapo.algorithms.objectives import TokenTerms, clipped_tokens, dual_clipped_tokens
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.config import AdvNormConfig, CorrectionConfig, KLEstimator, LossConfig
 from megatron_mapo.data.sequences import REWARD_PART, RIGHT, SequenceBatch
@@ -120,7 +120,8 @@ def update_metrics(
 
     Returns:
         * ``loss/clip_fraction_low``, ``_high``: share of tokens that the lower, the upper bound acts on (see
-          ``objectives.clipped_tokens``); ``loss/clip_fraction``: their sum.
+          ``objectives.clipped_tokens``); ``loss/clip_fraction``: their sum. ``loss/clip_fraction_dual``: share of
+          tokens that ``dual_clip`` acts on, which are in none of these; only with it.
         * ``loss/kl_old``: k3 estimate of KL(old || policy). ``loss/kl_ref``: KL(policy || reference) by
           ``kl_estimator``; only with ``ref_logprobs``.
         * ``loss/entropy``, ``loss/ratio_mean``, ``loss/ratio_max``.
@@ -130,7 +131,8 @@ def update_metrics(
     logprobs, old = logprobs.detach().double(), old_logprobs.double()
     ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     counts = torch.ones_like(logprobs, dtype=torch.bool)
-    below, above = clipped_tokens(TokenTerms(logprobs, logprobs - old, advantages, counts, sequences), config)
+    terms = TokenTerms(logprobs, logprobs - old, advantages, counts, sequences)
+    below, above = clipped_tokens(terms, config)
     low, high = _mean(below), _mean(above)
     metrics = {
         "loss/clip_fraction": low + high,
@@ -141,6 +143,8 @@ def update_metrics(
         "loss/ratio_mean": _mean(ratio),
         "loss/ratio_max": _max(ratio),
     }
+    if config.dual_clip is not None:
+        metrics["loss/clip_fraction_dual"] = _mean(dual_clipped_tokens(terms, config.dual_clip))
     if ref_logprobs is not None:
         metrics["loss/kl_ref"] = _mean(kl_penalty(logprobs, ref_logprobs.double(), config.kl_estimator, old))
     return metrics

@@ -67,6 +67,11 @@ def clipped_tokens(terms: TokenTerms, config: LossConfig) -> tuple[Tensor, Tenso
     return below & (terms.advantages < 0), above & (terms.advantages > 0)
 
 
+def dual_clipped_tokens(terms: TokenTerms, bound: float) -> Tensor:
+    """bool ``[T]``: tokens whose loss ``dual_clip`` bounds; they give no gradient."""
+    return (terms.advantages < 0) & (_ratio(terms.log_ratio) > bound)
+
+
 def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 

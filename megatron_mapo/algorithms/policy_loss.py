@@ -59,7 +59,8 @@ def policy_loss(
     and ranks is the loss of the batch, however it was cut. Tokens of weight 0 (prompts, padding) may hold
     anything, NaN included; they add neither value nor gradient.
 
-    Source of the KL term: GRPO, arXiv 2402.03300, eq. 3; of the importance-weighted one, see ``kl_penalty``.
+    Sources: of the KL term GRPO, arXiv 2402.03300, eq. 3, and of the importance-weighted one see ``kl_penalty``; of the
+    entropy bonus A3C, arXiv 1602.01783, section 4, and PPO, arXiv 1707.06347, eq. 9.
 
     Args:
         logprobs: ``[T]``, log-probs of the label tokens under the policy in training (nat).

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from megatron_mapo.algorithms.policy_loss import LossInputs, needs_sequences, policy_loss
 from megatron_mapo.algorithms.token_sequences import TokenSequences
-from megatron_mapo.config import Config, LossAggregation, ReferencePlacement
+from megatron_mapo.config import Config, ReferencePlacement
 from megatron_mapo.data.packing import PackedBatch, PackingSpec, equal_lengths, pack, plan_microbatches
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.megatron.hf import load_weights, named_adapters, named_weights
@@ -70,30 +70,6 @@ def _sum_over_context(totals: Tensor) -> None:
     group = parallel_state.get_context_parallel_group()
     if group.size() > 1:
         dist.all_reduce(totals, group=group)
-
-
-def token_weights(
-    batch: SequenceBatch, aggregation: LossAggregation, max_response_tokens: int, mask_truncated: bool = False
-) -> Tensor:
-    """Weight of each response token in the loss, from counts of the whole batch.
-
-    ``token``: 1/R over all R response tokens (DAPO). ``sequence``: 1/(N len_i) (the GRPO paper).
-    ``constant``: 1/(N max_response_tokens) (Dr. GRPO). With ``mask_truncated`` truncated sequences weigh 0 and are
-    not counted (DAPO, arXiv 2503.14476, section 3.4).
-
-    Returns:
-        float32 ``[R]``. With it the loss is a plain sum, however the batch is cut.
-    """
-    lens = batch.response_lens
-    kept = ~batch.truncated if mask_truncated else torch.ones(len(batch), dtype=torch.bool)
-    count = max(int(kept.sum()), 1)
-    if aggregation is LossAggregation.token:
-        per_sequence = kept.double() / max(int(lens[kept].sum()), 1)
-    elif aggregation is LossAggregation.sequence:
-        per_sequence = kept / (count * lens.clamp(min=1).double())
-    else:
-        per_sequence = kept.double() / (count * max_response_tokens)
-    return torch.repeat_interleave(per_sequence, lens).float()
 
 
 def empty_model(config: Config, path: str | Path, device: torch.device) -> tuple[list[PolicyModel], PretrainedConfig]:

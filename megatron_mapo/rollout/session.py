@@ -257,9 +257,12 @@ class RolloutSession:
         self.weight_sync.update(weights, version)
 
     def server_metrics(self) -> dict[str, float]:
-        """Servers and failed requests since the last call (see ``ServerPool.metrics``), and what the last batch's
-        filter did (see ``dynamic_sampling.Collected``)."""
-        return self.pool.metrics() | self._sampled
+        """Servers and failed requests since the last call (see ``ServerPool.metrics``), what the last batch's filter
+        did (see ``dynamic_sampling.Collected``), and with a curriculum ``curriculum/resting``, prompts that rest."""
+        curriculum = self.config.data.curriculum
+        rests = curriculum.min_p is not None or curriculum.max_p is not None
+        resting = {"curriculum/resting": float(self.prompts.resting)} if rests else {}
+        return self.pool.metrics() | self._sampled | resting
 
     def close(self) -> None:
         """Close connections and verifier processes."""

@@ -15,6 +15,7 @@ from frozen_trainer import train_frozen as train_frozen  # a case like those bel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.algorithms.metrics import update_metrics
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.checkpoint_files import Retention
@@ -26,7 +27,7 @@ from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.hf import named_weights
 from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.logprobs import chunked_logprobs
-from megatron_mapo.megatron.policy import Policy, TokenScores, build_model, token_weights
+from megatron_mapo.megatron.policy import Policy, TokenScores, build_model
 from megatron_mapo.megatron.runtime import Runtime
 
 BASE = [
@@ -65,9 +66,10 @@ def layout(config: Config) -> Iterator[Runtime]:
 def columns_of(policy: Policy, batch: SequenceBatch, fixed: dict[str, Tensor]) -> dict[str, Tensor]:
     """What ``update`` needs; the reference is measured in this layout, then moved by a fixed amount."""
     config = policy.config
+    longest = config.rollout.max_response_tokens
     columns = {
         "advantages": fixed["advantages"],
-        "token_weight": token_weights(batch, config.actor.loss.aggregation, config.rollout.max_response_tokens),
+        "token_weight": token_weights(batch.response_lens, config.actor.loss.aggregation, longest).float(),
         "old_logprobs": fixed["old_logprobs"],
         "rollout_logprobs": fixed["old_logprobs"] + 0.5 * fixed["ref_shift"],
     }

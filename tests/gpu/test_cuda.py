@@ -69,10 +69,11 @@ UPDATE = """
 import sys
 import torch
 from safetensors.torch import save_file
+from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.config import Config, Dtype, LossAggregation
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.megatron import runtime
-from megatron_mapo.megatron.policy import Policy, token_weights
+from megatron_mapo.megatron.policy import Policy
 
 def main(model, batch, out):
     config = Config()
@@ -82,7 +83,7 @@ def main(model, batch, out):
     batch = SequenceBatch.load(batch)
     policy = Policy(config, ranks, model, 1)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[batch.response_sequence]
-    weight = token_weights(batch, LossAggregation.token, 40)
+    weight = token_weights(batch.response_lens, LossAggregation.token, 40).float()
     result = policy.update(batch, {"advantages": advantages, "token_weight": weight})
     found = {"loss": torch.tensor(result.loss), "grad_norm": torch.tensor(result.grad_norm)}
     found |= {"logprobs": result.scores.logprobs, "entropy": result.scores.entropy}

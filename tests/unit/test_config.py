@@ -11,6 +11,8 @@ from rich.console import Console
 
 from megatron_mapo import config as config_module
 from megatron_mapo.config import (
+    ADVANTAGE_MODES,
+    RIGHT_OR_WRONG_MODES,
     Config,
     Dtype,
     RewardComponent,
@@ -259,6 +261,25 @@ class TestContradictions:
             (["reward.mixture=[{name: ''}]"], ["reward.mixture[0].name"]),
             (["run.resume_step=3", "run.resume=never"], ["run.resume_step", "run.resume=never"]),
             (["data.options.size=3"], ["data.options", "reasoning_gym"]),
+            (["actor.loss.objective=gspo"], ["actor.loss.objective=gspo", "actor.loss.aggregation=token", "sequence"]),
+            (["actor.loss.objective=gmpo"], ["actor.loss.objective=gmpo", "actor.loss.aggregation=token"]),
+            (["actor.loss={objective: sapo, clip_high: 0.28}"], ["actor.loss.clip_high", "actor.loss.objective=sapo"]),
+            (["actor.loss={objective: sapo, clip_low: 0.1}"], ["actor.loss.clip_low", "actor.loss.objective=sapo"]),
+            (["actor.loss.sapo_tau=2"], ["actor.loss.sapo_tau", "actor.loss.objective=ppo"]),
+            (["actor.loss.sapo_tau_negative=2"], ["actor.loss.sapo_tau_negative", "actor.loss.objective=ppo"]),
+            (["actor.loss.kl_in=reward", NATIVE], ["actor.loss.kl_in=reward", "actor.loss.kl_coef=0"]),
+            (["actor.correction.weight_max=5"], ["actor.correction.weight_max", "actor.correction.weight=none"]),
+            (
+                ["actor.correction={weight_max: null, mask_low: 0.5, mask_high: 2}"],
+                ["actor.correction.weight_max", "actor.correction.weight=none"],
+            ),
+            *(
+                (
+                    [f"actor.adv_norm.aggregation_mode={mode}", "reward.overlong_penalty=1"],
+                    ["reward.overlong_penalty", f"aggregation_mode={mode}"],
+                )
+                for mode in sorted(RIGHT_OR_WRONG_MODES)
+            ),
             (["actor.loss.dual_clip=3", "actor.loss.objective=sapo"], ["actor.loss.dual_clip", "actor.loss.objective"]),
             (
                 ["actor.loss.kl_in=reward", "actor.loss.kl_coef=0.1"],
@@ -339,7 +360,15 @@ class TestContradictions:
             ["reward.name=my.module:verifier"],
             ["actor.adv_norm.aggregation_mode=my.module:estimate"],
             ["actor.adv_norm.aggregation_mode=reinforce++_baseline", "actor.loss.kl_in=reward", "actor.loss.kl_coef=1"],
-            ["actor.loss.objective=gmpo", "actor.loss.clip_low=1.5"],
+            ["actor.loss={objective: gmpo, clip_low: 1.5, aggregation: sequence}"],
+            ["actor.loss={objective: gspo, aggregation: constant}"],
+            ["actor.loss={objective: sapo, sapo_tau: 2}"],
+            ["actor.correction={weight: token, weight_max: null, mask_low: 0.5, mask_high: 2}"],
+            *(
+                [f"actor.adv_norm.aggregation_mode={mode}", "reward.overlong_penalty=1"]
+                for mode in (*ADVANTAGE_MODES, "my.module:estimate")
+                if mode not in RIGHT_OR_WRONG_MODES
+            ),
             ["reward.correct=1", "reward.wrong=-1"],
             [MIXTURE, "reward.success=form"],
             [MIXTURE, "reward.success=math", "reward.success_score=0.5"],

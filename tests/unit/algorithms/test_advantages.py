@@ -366,6 +366,77 @@ def test_binary_rewards_give_the_same_bits_in_any_order(mode, ok, data):
     assert advantages([0.3 * ok[i] for i in order], [ids[i] for i in order], cfg) == [whole[i] for i in order]
 
 
+ragged_grades = st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def flat(groups) -> tuple[list[float], list[int]]:
+    return [float(r) for group in groups for r in group], [i for i, group in enumerate(groups) for _ in group]
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups=ragged, mode=st.sampled_from(MODES), std=st.sampled_from(list(Std)), data=st.data())
+def test_advantages_of_a_group_add_up_to_zero(groups, mode, std, data):
+    pass_k = data.draw(st.integers(1, min(map(len, groups))))
+    rewards, ids = flat(groups)
+    found = advantages(rewards, ids, config(mode, std, pass_k=pass_k))
+    if mode == "reinforce++":  # its baseline is the batch's
+        ids = [0] * len(ids)
+    sums = torch.zeros(max(ids) + 1, dtype=torch.float64).index_add_(0, torch.tensor(ids), torch.tensor(found).double())
+    assert float(sums.abs().max()) <= 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups=ragged_grades, mode=st.sampled_from(["native", "center", "rloo", "gpg", "lite_ppo"]))
+def test_so_do_those_of_graded_rewards(groups, mode):
+    rewards, ids = flat(groups)
+    found = torch.tensor(advantages(rewards, ids, config(mode, eps=0.01))).double()
+    sums = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, torch.tensor(ids), found)
+    assert float(sums.abs().max()) <= 1e-5
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups=ragged, std=st.sampled_from(list(Std)))
+def test_exchanging_right_and_wrong(groups, std):
+    """λ is the same, the z-score changes its sign; the mean-relative advantage does not."""
+    (rewards, ids), cfg = flat(groups), config("native", std)
+    right, wrong = torch.tensor(rewards), 1 - torch.tensor(rewards)
+    one, other = (group_statistics(r, torch.tensor(ids), cfg, r > 0.5) for r in (right, wrong))
+    assert one.lam.tolist() == pytest.approx(other.lam.tolist(), abs=1e-12)
+    assert one.p.tolist() == pytest.approx((1 - other.p).tolist(), abs=1e-12)
+    assert advantages(rewards, ids, cfg) == pytest.approx([-a for a in advantages(wrong.tolist(), ids, cfg)], rel=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups=st.one_of(ragged, ragged_grades), std=st.sampled_from(list(Std)))
+def test_no_advantage_is_larger_than_that_of_one_against_the_rest(groups, std):
+    rewards, ids = flat(groups)
+    size = torch.tensor([float(len(group)) for group in groups])[torch.tensor(ids)]
+    z = torch.tensor(advantages(rewards, ids, config("native", std, eps=0.0)))
+    bound = (size - 1).sqrt() if std is Std.population else (size - 1) / size.sqrt()
+    assert (z.abs() <= bound * (1 + 1e-6)).all()
+    relative = torch.tensor(advantages(rewards, ids, config("mean_only", threshold=0.5)))
+    assert (relative <= (size - 1) * (1 + 1e-6)).all()
+    assert (relative >= -1 - 1e-6).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(group=st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=9), std=st.sampled_from(list(Std)))
+def test_of_one_group_the_batch_modes_are_the_z_score(group, std):
+    expected = advantages(group, [4] * len(group), config("native", std, eps=1e-3))
+    for mode in BATCH_MODES:
+        found = advantages(group, [4] * len(group), config(mode, std, eps=1e-3))
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups=ragged_grades)
+def test_gpg_without_equal_groups_is_the_centred_reward(groups):
+    varied = [group for group in groups if len(set(group)) > 1]
+    if varied:
+        rewards, ids = flat(varied)
+        assert advantages(rewards, ids, config("gpg")) == advantages(rewards, ids, config("center"))
+
+
 CUSTOM = """
 import torch
 

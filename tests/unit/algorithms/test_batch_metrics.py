@@ -131,6 +131,16 @@ def test_update_metrics_match_plain_python():
     assert metrics == pytest.approx(expected, rel=1e-9)
 
 
+def test_tokens_at_the_second_bound_are_counted():
+    n = 1000
+    c = random_columns(n)
+    plain, dual = update(c, LossConfig()), update(c, LossConfig(dual_clip=1.5))
+    ratio = [math.exp(a - b) for a, b in zip(c["new"], c["old"], strict=True)]
+    share = sum(a < 0 and r > 1.5 for a, r in zip(c["adv"], ratio, strict=True)) / n
+    assert share > 0.01
+    assert dual == plain | {"loss/clip_fraction_dual": share}
+
+
 def test_reference_kl_only_with_a_reference():
     assert "loss/kl_ref" not in update(random_columns(100), LossConfig(), with_ref=False)
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from megatron_mapo.algorithms.correction import correction_weights, corrects
 from megatron_mapo.algorithms.metrics import correction_metrics, update_metrics
+from megatron_mapo.algorithms.objectives import TokenTerms, policy_gain
 from megatron_mapo.algorithms.policy_loss import LossInputs, needs_sequences, policy_loss
 from megatron_mapo.algorithms.token_sequences import TokenSequences
-from megatron_mapo.config import CorrectionConfig, CorrectionWeight, LossConfig, Objective
+from megatron_mapo.config import CorrectionConfig, CorrectionWeight, KLEstimator, LossConfig, Objective
 
 LENGTHS = [5, 1, 9, 3, 7, 2]
 N = len(LENGTHS)
@@ -144,6 +145,60 @@ def test_the_gain_of_a_response_is_bounded(seed, spread, name):
     assert (grad <= 0).all()
 
 
+def gains(x, config):
+    """Gain of each token and its gradient, without weights."""
+    logprobs = x["logprobs"].clone().requires_grad_()
+    counts, sequences = torch.ones(len(INDEX), dtype=torch.bool), TokenSequences(INDEX, N)
+    gain = policy_gain(TokenTerms(logprobs, logprobs - x["old"], x["advantages"], counts, sequences), config)
+    gain.sum().backward()
+    return gain.detach(), logprobs.grad
+
+
+far_apart = {"seed": st.integers(0, 10**6), "spread": st.floats(0, 4)}
+
+
+@settings(deadline=None, max_examples=30)
+@given(**far_apart, name=st.sampled_from([n for n in CONFIGS if n != "cispo"]))
+def test_the_gain_of_a_bad_response_is_bounded(seed, spread, name):
+    """Going away from a bad response pays up to a bound; dual clip and SAPO's gate also bound what it can cost."""
+    x, config = tokens(seed, spread), CONFIGS[name]
+    x["advantages"] = -x["advantages"].abs() - 0.1
+    gain, grad = gains(x, config)
+    a, log_ratio = x["advantages"], x["logprobs"] - x["old"]
+    if name == "gspo":
+        log_ratio = torch.stack([log_ratio[i == INDEX].mean() for i in range(N)])[INDEX]
+    ratio = log_ratio.exp()
+    ceiling = {"sapo": 0.0, "gmpo": math.exp(-config.clip_low)}.get(name, 1 - config.clip_low)
+    assert (gain <= ceiling * a * (1 - 1e-12)).all()
+    assert (grad <= 0).all()
+    if name == "gmpo":
+        assert (grad[log_ratio < -config.clip_low] == 0).all()
+    elif name != "sapo":
+        assert (grad[ratio < 1 - config.clip_low] == 0).all()
+    if name == "dual-clip":
+        assert (gain >= config.dual_clip * a).all()
+        assert (grad[ratio > config.dual_clip] == 0).all()
+    if name == "sapo":
+        assert (gain >= 4 / config.sapo_tau_negative * a).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(**far_apart, low=st.floats(0, 1), high=st.floats(0, 2))
+def test_the_weight_of_cispo_stays_in_its_bounds(seed, spread, low, high):
+    x = tokens(seed, spread)
+    _, grad = gains(x, LossConfig(objective=Objective.cispo, clip_low=low, clip_high=high))
+    expected = (x["logprobs"] - x["old"]).exp().clamp(1 - low, 1 + high)
+    torch.testing.assert_close(grad, expected * x["advantages"], rtol=1e-12, atol=1e-15)
+
+
+@settings(deadline=None, max_examples=30)
+@given(**far_apart)
+def test_a_dual_clip_out_of_reach_is_none(seed, spread):
+    x = tokens(seed, spread)
+    for found, expected in zip(gains(x, LossConfig(dual_clip=1e9)), gains(x, LossConfig()), strict=True):
+        assert torch.equal(found, expected)
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(["cispo", "gspo", "gmpo", "sapo"]))
 def test_limits_where_they_are_the_plain_surrogate(seed, name):
@@ -214,6 +269,41 @@ def test_correction_weights(name):
     assert logged["correction/left_out"] == pytest.approx(float((expected == 0).double().mean()))
     assert logged["correction/weight_mean"] == pytest.approx(float(expected.mean()))
     assert corrects(config)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), shift=st.floats(-5, 5), name=st.sampled_from(list(CORRECTIONS)))
+def test_weights_are_bounded_and_of_differences_alone(seed, shift, name):
+    x, config = tokens(seed), CORRECTIONS[name]
+    counts, sequences = torch.ones(len(INDEX), dtype=torch.bool), TokenSequences(INDEX, N)
+    found = correction_weights(x["old"], x["rollout"], counts, config, sequences)
+    highest = math.inf if config.weight_max is None else config.weight_max
+    assert ((found >= 0) & (found <= highest)).all()
+    shifted = correction_weights(x["old"] + shift, x["rollout"] + shift, counts, config, sequences)
+    torch.testing.assert_close(shifted, found, rtol=1e-12, atol=0.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10**6), name=st.sampled_from(list(CORRECTIONS)), estimator=st.sampled_from(list(KLEstimator))
+)
+def test_only_the_policy_term_is_weighted(seed, name, estimator):
+    x, correction = tokens(seed), CORRECTIONS[name]
+    extra = {"ref": x["logprobs"] - 0.3 * x["rollout"].sin(), "entropy": x["rollout"].cos().abs()}
+    config = LossConfig(kl_coef=0.7, kl_estimator=estimator, entropy_coef=0.2)
+
+    def loss_and_gradient(config, correction):
+        logprobs, entropy = x["logprobs"].clone().requires_grad_(), extra["entropy"].clone().requires_grad_()
+        columns = (x["advantages"], x["weight"], extra["ref"], x["rollout"], TokenSequences(INDEX, N))
+        loss = policy_loss(logprobs, LossInputs(x["old"], *columns), config, correction, entropy)
+        loss.backward()
+        return torch.cat(
+            [loss.detach()[None], logprobs.grad, torch.zeros_like(entropy) if entropy.grad is None else entropy.grad]
+        )
+
+    with_terms = loss_and_gradient(config, correction) - loss_and_gradient(LossConfig(), correction)
+    terms = loss_and_gradient(config, OFF) - loss_and_gradient(LossConfig(), OFF)
+    torch.testing.assert_close(with_terms, terms, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.algorithms.kl import MAX_LOG_RATIO
 from megatron_mapo.algorithms.policy_loss import LossInputs
 from megatron_mapo.algorithms.policy_loss import policy_loss as loss_of_inputs
-from megatron_mapo.config import CorrectionConfig, KLEstimator, LossConfig
+from megatron_mapo.config import CorrectionConfig, KLEstimator, LossAggregation, LossConfig
 
 OFF = CorrectionConfig()
 
@@ -48,22 +49,14 @@ def dense_loss(x, config, aggregation, logprobs, entropy):
     gain = torch.where(above, adv * (1 + config.clip_high), gain)
     gain = torch.where(below, adv * (1 - config.clip_low), gain)
     delta = logprobs - x["ref"]
-    kl = {"k1": delta, "k2": delta**2 / 2, "k3": (-delta).exp() - 1 + delta}[config.kl_estimator.value]
+    k3 = (-delta).exp() - 1 + delta
+    kl = {"k1": delta, "k2": delta**2 / 2, "k3": k3, "k3_unbiased": ratio * k3}[config.kl_estimator.value]
     per_token = (config.kl_coef * kl - gain - config.entropy_coef * entropy) * x["mask"]
     if aggregation == "token":
         return per_token.sum() / x["mask"].sum()
     if aggregation == "sequence":
         return (per_token.sum(1) / x["mask"].sum(1)).mean()
     return (per_token.sum(1) / 16).mean()
-
-
-def weights(x, aggregation):
-    mask = x["mask"]
-    return {
-        "token": mask / mask.sum(),
-        "sequence": mask / (B * mask.sum(1, keepdim=True)),
-        "constant": mask / (B * 16),
-    }[aggregation]
 
 
 def flat(x, keep):
@@ -80,8 +73,9 @@ def flat(x, keep):
         LossConfig(kl_coef=0.3, kl_estimator=KLEstimator.k1, entropy_coef=0.02),
         LossConfig(kl_coef=0.3, kl_estimator=KLEstimator.k2),
         LossConfig(clip_low=1.0, clip_high=100.0, entropy_coef=0.5),
+        LossConfig(clip_high=0.1, kl_coef=0.3, kl_estimator=KLEstimator.k3_unbiased),
     ],
-    ids=["plain", "clip-higher", "kl3-tight", "kl1-entropy", "kl2", "no-clip"],
+    ids=["plain", "clip-higher", "kl3-tight", "kl1-entropy", "kl2", "no-clip", "kl3-unbiased"],
 )
 def test_value_and_gradient_equal_the_dense_reference(config, aggregation):
     x = dense_inputs(seed=3)
@@ -91,7 +85,7 @@ def test_value_and_gradient_equal_the_dense_reference(config, aggregation):
 
     keep = x["mask"].bool()
     f = flat(x, keep)
-    f["weight"] = weights(x, aggregation)[keep]
+    f["weight"] = token_weights(torch.tensor(LENGTHS), LossAggregation(aggregation), 16)
     order = torch.randperm(len(f["weight"]), generator=torch.Generator().manual_seed(0))
     f = {name: value[order] for name, value in f.items()}
     logprobs, entropy = f["logprobs"].clone().requires_grad_(), f["entropy"].clone().requires_grad_()

@@ -17,13 +17,14 @@ from tiny_models import make_tiny_model
 from torch import Tensor
 
 from megatron_mapo import checkpoint_files
+from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, Dtype, LossAggregation, LRSchedule
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron import checkpoint
 from megatron_mapo.megatron.checkpoint import Checkpointer
-from megatron_mapo.megatron.policy import Policy, build_model, token_weights
+from megatron_mapo.megatron.policy import Policy, build_model
 from megatron_mapo.megatron.runtime import Runtime
 
 
@@ -55,7 +56,8 @@ def train(policy: Policy, updates: int) -> list[Tensor]:
     """Updates on one fixed batch: their numbers, then the weights."""
     batch = SequenceBatch.from_responses([[5, 6, 7]] * 3, [[8, 9], [10], [11, 12, 13]], group_ids=[0] * 3)
     advantages = torch.tensor([1.0, -0.5, 0.3])[batch.response_sequence]
-    columns = {"advantages": advantages, "token_weight": token_weights(batch, LossAggregation.token, 8)}
+    weights = token_weights(batch.response_lens, LossAggregation.token, 8).float()
+    columns = {"advantages": advantages, "token_weight": weights}
     found = []
     for _ in range(updates):
         result = policy.update(batch, columns)
