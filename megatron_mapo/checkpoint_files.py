@@ -29,7 +29,10 @@ import xxhash
 from megatron_mapo.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
 LATEST, BEST = "latest", "best"
+RETURNED = "resumed_step"
+"""File of a run's folder with the ``run.resume_step`` that the run has gone back to."""
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
 _HASH_CHUNK = 1 << 22
@@ -52,9 +55,10 @@ class Manifest:
         created: when it was finished, ISO 8601, UTC.
         layout: ``world_size`` and the sizes of ``tensor``, ``pipeline``, ``context``, ``expert`` and ``data``
             parallelism of the ranks that wrote it. It can be read in any other.
-        model: ``type`` (of the Hugging Face config), ``dtype`` and ``path``.
+        model: ``type`` and ``vocab_size`` (of the Hugging Face config), ``dtype``, ``path``, and a hash of the
+            ``weights`` that the run began with. Earlier versions wrote neither ``vocab_size`` nor ``weights``.
         versions: of the packages that wrote it.
-        config_hash: XXH3 of the configuration as YAML.
+        config_hash: XXH3 of the configuration as YAML, which stands beside the manifest as ``config.yaml``.
         score: the evaluation at this step, by ``trainer.best_metric``; None if there was none.
         parts: bytes of ``weights``, ``optimizer`` and ``other``.
         files: every file but the manifest, by its name.
@@ -63,7 +67,7 @@ class Manifest:
     step: int
     created: str
     layout: dict[str, int]
-    model: dict[str, str]
+    model: dict[str, str | int]
     versions: dict[str, str]
     config_hash: str
     score: float | None
