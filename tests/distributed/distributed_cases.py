@@ -274,8 +274,10 @@ def train_runs(cases: dict[str, dict[str, Any]], folder: str, runs: str) -> None
             policy.update(batch, columns)
             checkpoint.save(policy, ranks, run_dir / "checkpoints", 1, {}, keep=1)
             weights = {n: v.clone() for n, v in policy.named_weights()}
+            adapters = {n: v.clone() for n, v in policy.named_adapters()} if config.actor.lora.rank else {}
             if ranks.is_main:
                 save_file(weights, run_dir / "weights.safetensors")
+                save_file(adapters, run_dir / "adapters.safetensors")
                 (run_dir / "config.yaml").write_text(to_yaml(config))
 
 
