@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -253,32 +253,58 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def retain(folder: Path, retention: Retention) -> None:
-    """Delete the complete checkpoints that need not stay, oldest first, and point ``best`` at the best one."""
+def retain(folder: Path, retention: Retention) -> list[str]:
+    """Delete the complete checkpoints that need not stay, oldest first, and point ``best`` at the best one.
+
+    Returns:
+        why a checkpoint was left alone, a line each: its score, which ``retention.best`` needs, cannot be read.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
     saved = complete_checkpoints(folder)
     keep = {step for step, _ in saved[-retention.last :]}
     if retention.every:
         keep |= {step for step, _ in saved if step % retention.every == 0}
-    best = _best(saved) if retention.best else None
+    scores, problems = _scores(saved if retention.best else [])
+    keep |= problems.keys()
+    best = max(scores, key=lambda step: (scores[step], -step), default=None)
     if best is not None:
-        keep.add(best[0])
-        _point(folder, BEST, best[1].name)
+        keep.add(best)
+        _point(folder, BEST, dict(saved)[best].name)
     else:
         (folder / BEST).unlink(missing_ok=True)
     for step, path in saved:
         if step not in keep:
             remove(path)
+    return list(problems.values())
 
 
-def _best(saved: list[tuple[int, Path]]) -> tuple[int, Path] | None:
-    """The checkpoint with the highest score, the earliest of equal ones."""
-    found: tuple[float, int, Path] | None = None
+def _scores(saved: list[tuple[int, Path]]) -> tuple[dict[int, float], dict[int, str]]:
+    """The scores of the checkpoints that have one, by their step, and what is wrong with unreadable ones."""
+    scores, problems = {}, {}
     for step, path in saved:
-        manifest = read_manifest(path)
-        score = None if manifest is None else manifest.score
-        if score is not None and not math.isnan(score) and (found is None or score > found[0]):
-            found = (score, step, path)
-    return None if found is None else found[1:]
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            problems[step] = str(error)
+            continue
+        if manifest is not None and manifest.score is not None and not math.isnan(manifest.score):
+            scores[step] = manifest.score
+    return scores, problems
+
+
+def add_score(folder: Path, step: int, score: float) -> None:
+    """Write the score of an evaluation that came after its checkpoint into the manifest, if there is one of ``step``.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+        OSError: it cannot be written.
+    """
+    path = dict(complete_checkpoints(folder)).get(step)
+    manifest = None if path is None else read_manifest(path)
+    if path is not None and manifest is not None:
+        write_manifest(path, replace(manifest, score=score))
 
 
 def recover(folder: Path) -> list[str]:

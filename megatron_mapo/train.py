@@ -229,7 +229,10 @@ class Trainer:
             self.sync_weights()
         due = settings.evaluation.at_start if self.step == 0 else self._evaluation_due()
         if due and not self.on_main(lambda: self._main_tracker.evaluated(self.step)):
-            self.evaluate()  # also one that the servers did not live to see before the run was started again
+            # Also one that the servers did not live to see before the run was started again.
+            score = self._score(self.evaluate())
+            if score is not None:
+                self.checkpointer.add_score(self.step, score)
         while self.step < settings.steps:
             with self.watchdog.phase(f"step {self.step + 1}"):
                 self.train_step()
@@ -449,13 +452,7 @@ class Trainer:
 
     def _score(self, evaluation: dict[str, float]) -> float | None:
         """``trainer.best_metric`` of an evaluation, if it was measured."""
-        settings = self.config.trainer
-        if settings.keep_best and evaluation and settings.best_metric not in evaluation:
-            raise ConfigError(
-                f"trainer.best_metric={settings.best_metric} is not in an evaluation; "
-                f"there are: {', '.join(evaluation)}"
-            )
-        return evaluation.get(settings.best_metric)
+        return evaluation.get(self.config.trainer.best_metric)
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of everything; with ``trainer.async_save`` it is complete some steps later.

@@ -207,6 +207,22 @@ class Checkpointer:
         """Wait for the checkpoint in flight and finish it; as ``poll``."""
         return None if self._in_flight is None else self._finish(self._in_flight)
 
+    def add_score(self, step: int, score: float) -> None:
+        """Give the checkpoint of ``step``, if there is one, the score of an evaluation that came after it.
+
+        Raises:
+            CheckpointError: its manifest cannot be read or written; on all ranks.
+        """
+        error = None
+        if self.runtime.is_main:
+            try:
+                checkpoint_files.add_score(self.folder, step, score)
+                self._make_room()
+            except (OSError, CheckpointError) as problem:
+                error = _reason(problem)
+        if error := self.runtime.broadcast(error):
+            raise CheckpointError(f"cannot write the score of step {step} into {self.folder}: {error}")
+
     def close(self) -> None:
         """Give up a checkpoint in flight; its partial folder stays until ``checkpoint_files.recover``."""
         self._abandoned.set()
@@ -254,7 +270,16 @@ class Checkpointer:
         total = {name: sum(rank[name] for rank in parts) for name in PARTS}
         checkpoint_files.write_manifest(partial, flight.describe(total, files))
         checkpoint_files.publish(partial)
-        checkpoint_files.retain(self.folder, self.retention)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Rank 0: remove what is no longer needed. The new checkpoint is there, whatever comes of it."""
+        try:
+            problems = checkpoint_files.retain(self.folder, self.retention)
+        except OSError as error:
+            problems = [f"cannot remove old checkpoints of {self.folder}: {_reason(error)}"]
+        for problem in problems:
+            print(f"warning: {problem}", flush=True)
 
     def _on_main(self, work: Callable[[], None], partial: Path) -> None:
         """``work()`` on rank 0; its errors are raised on all ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,27 @@ class TestRetention:
         assert files.read_pointer(tmp_path, "best") == "step_000010"
         files.retain(tmp_path, Retention(last=1))
         assert files.read_pointer(tmp_path, "best") is None, "it would name a folder that may go"
+
+    def test_one_whose_score_cannot_be_read_stays_and_is_named(self, tmp_path: Path) -> None:
+        write(tmp_path, 1, 2, 3, 4, 5, s1=0.5, s2=0.9, s3=0.7)
+        (tmp_path / "step_000002" / "manifest.json").write_text("{")
+        (problem,) = files.retain(tmp_path, Retention(last=1, best=True))
+        assert "step_000002/manifest.json is damaged" in problem
+        assert steps(tmp_path) == [2, 3, 5]
+        assert files.read_pointer(tmp_path, "best") == "step_000003"
+        assert files.retain(tmp_path, Retention(last=1)) == [], "nobody asks for scores"
+        assert steps(tmp_path) == [5]
+
+    def test_a_score_that_comes_later_counts(self, tmp_path: Path) -> None:
+        _, path, _ = write(tmp_path, 1, 2, 3, s1=0.5)
+        before = files.read_manifest(path)
+        assert before is not None
+        files.add_score(tmp_path, 2, 0.75)
+        files.add_score(tmp_path, 9, 0.99)
+        assert files.verify(path) == replace(before, score=0.75)
+        files.retain(tmp_path, Retention(last=1, best=True))
+        assert steps(tmp_path) == [2, 3]
+        assert files.read_pointer(tmp_path, "best") == "step_000002"
 
     def test_a_checkpoint_written_twice_is_replaced(self, tmp_path: Path) -> None:
         (path,) = write(tmp_path, 3)

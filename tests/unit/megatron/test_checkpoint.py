@@ -193,6 +193,36 @@ def test_the_next_save_waits_for_the_one_before(runtime: Runtime, model: Path, t
     assert checkpoint_files.read_pointer(tmp_path, "best") == "step_000001"
 
 
+def test_what_is_wrong_with_old_ones_does_not_fail_a_save(
+    runtime: Runtime, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpointer = Checkpointer(runtime, tmp_path, Retention(last=1, best=True))
+    policy = trained_policy(runtime, model)
+
+    def save(step: int, score: float | None) -> str:
+        checkpointer.start(policy, step, {}, score)
+        assert checkpointer.wait() == tmp_path / f"step_{step:06d}"
+        return capsys.readouterr().out
+
+    assert save(1, 0.5) == ""
+    (tmp_path / "step_000001" / "manifest.json").write_text("{")
+    assert "warning: " in (said := save(2, 0.25))
+    assert "step_000001/manifest.json is damaged" in said
+    assert [step for step, _ in checkpoint_files.complete_checkpoints(tmp_path)] == [1, 2]
+    shutil.rmtree(tmp_path / "step_000001")
+    (tmp_path / "step_000003.removed").write_text("in the way")
+    assert save(3, None) == ""
+    checkpointer.add_score(3, 0.125)
+    assert "warning: cannot remove old checkpoints" in save(4, None)
+    assert checkpoint_files.read_pointer(tmp_path, "best") == "step_000002"
+    checkpointer.add_score(4, 0.75)
+    assert checkpoint_files.read_pointer(tmp_path, "best") == "step_000004"
+    (tmp_path / "step_000004" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot write the score of step 4 .*manifest.json is damaged"):
+        checkpointer.add_score(4, 0.75)
+    checkpointer.close()
+
+
 def test_a_checkpoint_that_is_given_up(
     runtime: Runtime, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
