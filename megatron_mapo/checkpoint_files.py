@@ -121,6 +121,33 @@ def choose(folder: Path, step: int | None) -> tuple[int, Path] | None:
     raise CheckpointError(f"{folder} has no checkpoint of step {step}; there are: {there}")
 
 
+def choose_start(folder: Path, step: int | None) -> tuple[int, Path] | None:
+    """As ``choose``, for the start of a run: ``step`` is gone back to once (``note_return``), then the newest counts.
+
+    So a command that is repeated after a crash goes on from where it was.
+
+    Raises:
+        CheckpointError: there is no checkpoint of ``step``.
+    """
+    return choose(folder, None if went_back(folder, step) else step)
+
+
+def went_back(folder: Path, step: int | None) -> bool:
+    """Whether the run has gone back to ``step``, by ``note_return``."""
+    return step is not None and read_pointer(folder.parent, RETURNED) == str(step)
+
+
+def note_return(folder: Path, step: int) -> None:
+    """Remember, durably, that the run has gone back to ``step``."""
+    if not went_back(folder, step):
+        _write_durably(folder.parent / RETURNED, f"{step}\n")
+
+
+def forget_return(folder: Path) -> None:
+    """A later ``run.resume_step`` is a new wish: a start has not asked for it."""
+    (folder.parent / RETURNED).unlink(missing_ok=True)
+
+
 # ------------------------------------------------------------------------------------------- manifest
 
 

@@ -119,6 +119,24 @@ class TestChoose:
         with pytest.raises(CheckpointError, match="no checkpoint of step 3; there are: 2, 4, 1000000"):
             files.choose(tmp_path, 3)
 
+    def test_a_start_goes_back_once(self, tmp_path: Path) -> None:
+        folder = tmp_path / "checkpoints"
+        _, second, third = write(folder, 2, 4, 6)
+        assert files.choose_start(folder, None) == (6, third)
+        assert files.choose_start(folder, 4) == (4, second)
+        assert files.choose_start(folder, 4) == (4, second), "it was killed before it went back"
+        files.set_aside_newer(folder, 4)
+        files.note_return(folder, 4)
+        (again,) = write(folder, 8)
+        assert files.choose_start(folder, 4) == (8, again)
+        files.remove(second)
+        files.note_return(folder, 4)
+        assert files.choose_start(folder, 4) == (8, again), "it need not be there any more"
+        assert files.choose_start(folder, 2) == (2, folder / "step_000002"), "another one"
+        files.forget_return(folder)
+        with pytest.raises(CheckpointError, match="no checkpoint of step 4"):
+            files.choose_start(folder, 4)
+
     def test_only_complete_ones(self, tmp_path: Path) -> None:
         for name in ("step_000009.partial", "step_000008.removed", "step_000007.aside", "step_12", "steps_000001"):
             (tmp_path / name).mkdir()
