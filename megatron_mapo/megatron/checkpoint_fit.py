@@ -19,8 +19,9 @@ _SECTIONS = ("actor.", "model.", "reward.", "data.", "rollout.")
 # Keys of these sections that change where and how fast things are computed, not what is learned, and those that are
 # refused where they differ.
 _FREE = (
-    *("actor.parallel.", "actor.microbatch_tokens", "actor.share_prompts", "actor.recompute", "actor.logprob_chunk"),
-    *("actor.reference", "actor.optim.distributed", "actor.optim.overlap", "actor.lora.", "model.path"),
+    *("actor.parallel.", "actor.microbatch_tokens", "actor.share_prompts", "actor.recompute"),
+    *("actor.skip_zero_advantage", "actor.logprob_chunk", "actor.reference", "actor.lora.", "model.path"),
+    *("actor.optim.distributed", "actor.optim.overlap"),
     *("reward.timeout", "reward.workers", "reward.concurrency", "reward.memory_mb", "data.eval"),
     *("rollout.urls", "rollout.api_key_file", "rollout.concurrency", "rollout.timeout", "rollout.retries"),
     *("rollout.max_failures", "rollout.probe_timeout", "rollout.straggler_ratio", "rollout.wait_timeout"),
