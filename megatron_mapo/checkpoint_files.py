@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -29,7 +29,10 @@ import xxhash
 from megatron_mapo.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
 LATEST, BEST = "latest", "best"
+RETURNED = "resumed_step"
+"""File of a run's folder with the ``run.resume_step`` that the run has gone back to."""
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
 _HASH_CHUNK = 1 << 22
@@ -52,9 +55,10 @@ class Manifest:
         created: when it was finished, ISO 8601, UTC.
         layout: ``world_size`` and the sizes of ``tensor``, ``pipeline``, ``context``, ``expert`` and ``data``
             parallelism of the ranks that wrote it. It can be read in any other.
-        model: ``type`` (of the Hugging Face config), ``dtype`` and ``path``.
+        model: ``type`` and ``vocab_size`` (of the Hugging Face config), ``dtype``, ``path``, and a hash of the
+            ``weights`` that the run began with. Earlier versions wrote neither ``vocab_size`` nor ``weights``.
         versions: of the packages that wrote it.
-        config_hash: XXH3 of the configuration as YAML.
+        config_hash: XXH3 of the configuration as YAML, which stands beside the manifest as ``config.yaml``.
         score: the evaluation at this step, by ``trainer.best_metric``; None if there was none.
         parts: bytes of ``weights``, ``optimizer`` and ``other``.
         files: every file but the manifest, by its name.
@@ -63,7 +67,7 @@ class Manifest:
     step: int
     created: str
     layout: dict[str, int]
-    model: dict[str, str]
+    model: dict[str, str | int]
     versions: dict[str, str]
     config_hash: str
     score: float | None
@@ -115,6 +119,33 @@ def choose(folder: Path, step: int | None) -> tuple[int, Path] | None:
             return found
     there = ", ".join(str(found) for found, _ in saved) or "none"
     raise CheckpointError(f"{folder} has no checkpoint of step {step}; there are: {there}")
+
+
+def choose_start(folder: Path, step: int | None) -> tuple[int, Path] | None:
+    """As ``choose``, for the start of a run: ``step`` is gone back to once (``note_return``), then the newest counts.
+
+    So a command that is repeated after a crash goes on from where it was.
+
+    Raises:
+        CheckpointError: there is no checkpoint of ``step``.
+    """
+    return choose(folder, None if went_back(folder, step) else step)
+
+
+def went_back(folder: Path, step: int | None) -> bool:
+    """Whether the run has gone back to ``step``, by ``note_return``."""
+    return step is not None and read_pointer(folder.parent, RETURNED) == str(step)
+
+
+def note_return(folder: Path, step: int) -> None:
+    """Remember, durably, that the run has gone back to ``step``."""
+    if not went_back(folder, step):
+        _write_durably(folder.parent / RETURNED, f"{step}\n")
+
+
+def forget_return(folder: Path) -> None:
+    """A later ``run.resume_step`` is a new wish: a start has not asked for it."""
+    (folder.parent / RETURNED).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------- manifest
@@ -249,32 +280,58 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def retain(folder: Path, retention: Retention) -> None:
-    """Delete the complete checkpoints that need not stay, oldest first, and point ``best`` at the best one."""
+def retain(folder: Path, retention: Retention) -> list[str]:
+    """Delete the complete checkpoints that need not stay, oldest first, and point ``best`` at the best one.
+
+    Returns:
+        why a checkpoint was left alone, a line each: its score, which ``retention.best`` needs, cannot be read.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
     saved = complete_checkpoints(folder)
     keep = {step for step, _ in saved[-retention.last :]}
     if retention.every:
         keep |= {step for step, _ in saved if step % retention.every == 0}
-    best = _best(saved) if retention.best else None
+    scores, problems = _scores(saved if retention.best else [])
+    keep |= problems.keys()
+    best = max(scores, key=lambda step: (scores[step], -step), default=None)
     if best is not None:
-        keep.add(best[0])
-        _point(folder, BEST, best[1].name)
+        keep.add(best)
+        _point(folder, BEST, dict(saved)[best].name)
     else:
         (folder / BEST).unlink(missing_ok=True)
     for step, path in saved:
         if step not in keep:
             remove(path)
+    return list(problems.values())
 
 
-def _best(saved: list[tuple[int, Path]]) -> tuple[int, Path] | None:
-    """The checkpoint with the highest score, the earliest of equal ones."""
-    found: tuple[float, int, Path] | None = None
+def _scores(saved: list[tuple[int, Path]]) -> tuple[dict[int, float], dict[int, str]]:
+    """The scores of the checkpoints that have one, by their step, and what is wrong with unreadable ones."""
+    scores, problems = {}, {}
     for step, path in saved:
-        manifest = read_manifest(path)
-        score = None if manifest is None else manifest.score
-        if score is not None and not math.isnan(score) and (found is None or score > found[0]):
-            found = (score, step, path)
-    return None if found is None else found[1:]
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            problems[step] = str(error)
+            continue
+        if manifest is not None and manifest.score is not None and not math.isnan(manifest.score):
+            scores[step] = manifest.score
+    return scores, problems
+
+
+def add_score(folder: Path, step: int, score: float) -> None:
+    """Write the score of an evaluation that came after its checkpoint into the manifest, if there is one of ``step``.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+        OSError: it cannot be written.
+    """
+    path = dict(complete_checkpoints(folder)).get(step)
+    manifest = None if path is None else read_manifest(path)
+    if path is not None and manifest is not None:
+        write_manifest(path, replace(manifest, score=score))
 
 
 def recover(folder: Path) -> list[str]:

@@ -466,10 +466,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from megatron_mapo.checkpoint_files import CONFIG
     from megatron_mapo.launch.run_folder import find_checkpoint, read_run
 
     single = find_checkpoint(arguments.path)
     if single is not None:
+        own = single.path / CONFIG
+        if own.is_file():
+            print(own.read_text(encoding="utf-8"))
         problem = _print_checkpoint(single, arguments.verify)
         problems = [problem] if problem else []
     else:

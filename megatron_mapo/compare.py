@@ -20,12 +20,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mapo.config import Config, load_config, to_yaml
+from megatron_mapo.config import Config, flatten, load_config, to_yaml
 from megatron_mapo.errors import ConfigError, TrainingError
 from megatron_mapo.launch.processes import POLL_SECONDS, Kept
 from megatron_mapo.reporting.arms import collect
 from megatron_mapo.reporting.comparison_report import analyse, headline, write_report
-from megatron_mapo.reporting.run_data import TRAINING_ACCURACY, RunData, first_of, flatten, load_run
+from megatron_mapo.reporting.run_data import TRAINING_ACCURACY, RunData, first_of, load_run
 from megatron_mapo.rollout.server import log_tail
 from megatron_mapo.tracking.jsonl import read_rows
 from megatron_mapo.tracking.progress import duration

@@ -34,7 +34,7 @@ from megatron_mapo.data.prompts import PromptSet, load_prompts
 from megatron_mapo.errors import CheckpointError, ConfigError
 from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.launch.processes import POLL_SECONDS, Kept
-from megatron_mapo.launch.run_folder import list_checkpoints
+from megatron_mapo.launch.run_folder import config_file, list_checkpoints
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import read_api_key
@@ -174,7 +174,10 @@ def evaluation_config(request: Request) -> Config:
         "trainer.evaluation.samples": request.samples,
         "model.path": None if run_dir is not None else request.model,
     }
-    file = run_dir / "config.yaml" if run_dir is not None else request.config
+    file: str | Path | None = request.config
+    if run_dir is not None:
+        # Running servers have the weights of the last start.
+        file = run_dir / "config.yaml" if request.urls else config_file(run_dir, request.step)
     without_file = ["model.dtype=auto", f"data.train={json.dumps(request.data or 'none')}"] if file is None else []
     own_server = () if request.urls else _OWN_SERVER
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import torch
 
 from megatron_mapo import checkpoint_files
 from megatron_mapo.config import Config, Dtype, ParallelConfig, load_config
-from megatron_mapo.errors import CheckpointError
+from megatron_mapo.errors import CheckpointError, DataError
+from megatron_mapo.launch.run_folder import config_file
 from megatron_mapo.megatron import checkpoint, runtime
-from megatron_mapo.megatron.hf import named_weights
+from megatron_mapo.megatron.checkpoint_fit import describe_model
+from megatron_mapo.megatron.hf import named_adapters, named_weights
 from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.imported import WEIGHTS, read_imported
+from megatron_mapo.megatron.lora import save_adapter
 from megatron_mapo.megatron.policy import build_model, empty_model
 from megatron_mapo.quickstart import resolve_model_path
 
@@ -47,6 +51,8 @@ def export_run(
 ) -> Path:
     """Write the actor of a checkpoint as a folder that transformers and SGLang load.
 
+    Under LoRA the weights are merged ones, and the folder ``adapter`` in it has the adapters as PEFT loads them.
+
     Args:
         folder: a run's folder, or one that ``megatron-mapo import`` wrote.
         out: folder to write; it must not exist, or be empty.
@@ -68,8 +74,11 @@ def export_run(
         # Under LoRA the checkpoint holds the adapters alone.
         build = build_model if source.config.actor.lora.rank else empty_model
         chunks, hf = build(source.config, source.model, trainers.device)
+        if source.is_run:
+            model = describe_model(source.config, hf, source.model)
+            checkpoint.refuse_misfit(trainers, source.checkpoint, source.config, model)
         checkpoint.load_model(chunks, source.checkpoint)
-        return save_folder(
+        save_folder(
             named_weights(chunks, hf),
             source.model,
             out,
@@ -77,6 +86,10 @@ def export_run(
             dtype=None if dtype is None else getattr(torch, dtype.value),
             card=source.card,
         )
+        if source.config.actor.lora.rank:
+            actor, base = source.config.actor, source.config.model.path
+            save_adapter(named_adapters(chunks, hf), actor.lora, base, out / "adapter")
+        return out
     finally:
         trainers.close()
 
@@ -86,9 +99,21 @@ def _run_source(run_dir: Path, step: int | None) -> _Source:
     if chosen is None:
         raise CheckpointError(f"{run_dir}/checkpoints holds no complete checkpoint")
     step, path = chosen
-    config = load_config(run_dir / "config.yaml", [])
+    config = load_config(config_file(run_dir, step), [])
     config.actor.parallel = ParallelConfig()
-    return _Source(path, resolve_model_path(config.model.path), config, model_card(config, step), is_run=True)
+    return _Source(path, _find_model(config, run_dir), config, model_card(config, step), is_run=True)
+
+
+def _find_model(config: Config, run_dir: Path) -> Path:
+    """The model that the checkpoint began with; where the run's last start found it, if it has been moved since."""
+    try:
+        return resolve_model_path(config.model.path)
+    except DataError as error:
+        moved = load_config(run_dir / "config.yaml", []).model.path
+        if moved == config.model.path:
+            raise
+        print(f"{error}; taking {moved}, as the run's last start did", file=sys.stderr, flush=True)
+        return resolve_model_path(moved)
 
 
 def model_card(config: Config, step: int) -> str:

@@ -57,8 +57,9 @@ from megatron_mapo.megatron.lora import save_adapter
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.quickstart import resolve_model_path
-from megatron_mapo.rollout.evaluation import row_order
+from megatron_mapo.rollout.evaluation import metric_names, row_order
 from megatron_mapo.rollout.session import RolloutSession
+from megatron_mapo.run_lock import RunLock
 from megatron_mapo.tracking import Tracker
 from megatron_mapo.tracking.starts import describe_start
 from megatron_mapo.watchdog import Watchdog
@@ -101,6 +102,7 @@ class Trainer:
         self.health = Health(runtime, keep, self.run_dir)
         hangs = self.run_dir / "hangs" / runtime.broadcast(time.strftime("%Y%m%d-%H%M%S"))
         self.watchdog = Watchdog(hangs, runtime.rank, runtime.world_size, keep.hang_timeout)
+        self.lock = RunLock(self.run_dir)
         self.rollout: RolloutSession | None = None
         self.tracker: Tracker | None = None
 
@@ -173,6 +175,8 @@ class Trainer:
 
     def _prepare(self) -> Path:
         """Find the model, mend what a killed run has left, and refuse a run that is not to be resumed."""
+        self._check_best_metric(extracts=True)  # whether there is an extractor shows when the verifier is loaded
+        self.lock.acquire()
         for line in checkpoint_files.recover(self.checkpoints):
             print(line, flush=True)
         saved = checkpoint_files.complete_checkpoints(self.checkpoints)
@@ -185,6 +189,18 @@ class Trainer:
 
     def _open_rollout(self) -> None:
         self.rollout = RolloutSession(self.config, self.model_path, self.runtime.device)
+        self._check_best_metric(self.rollout.rewards.extracts)
+
+    def _check_best_metric(self, extracts: bool) -> None:
+        """Evaluations will report ``trainer.best_metric``; found out during training, steps would be lost."""
+        settings = self.config.trainer
+        if not settings.keep_best:
+            return
+        names = metric_names(settings.evaluation.samples, greedy=True, extracts=extracts)
+        if settings.best_metric not in names:
+            raise ConfigError(
+                f"trainer.best_metric={settings.best_metric} is not in an evaluation; there are: {', '.join(names)}"
+            )
 
     def _open_tracker(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -193,7 +209,8 @@ class Trainer:
         self.tracker.log_start(describe_start(self.config, self.runtime.world_size, str(self.runtime.device)))
 
     def _resume(self) -> None:
-        chosen = self.on_main(lambda: checkpoint_files.choose(self.checkpoints, self.config.run.resume_step))
+        asked = self.config.run.resume_step
+        chosen = self.on_main(lambda: self._choose_start(asked))
         if chosen is None:
             return
         step, path = chosen
@@ -203,7 +220,21 @@ class Trainer:
         self.on_main(lambda: self._main_rollout.prompts.load_state_dict(state["prompts"]))
         for aside in self.on_main(lambda: checkpoint_files.set_aside_newer(self.checkpoints, step)):
             self._say(f"set aside {aside}: run.resume_step={step}")
+        if asked is not None:
+            # After that: a start that is killed before goes back again.
+            self.on_main(lambda: checkpoint_files.note_return(self.checkpoints, asked))
         self._say(f"resuming from {path}")
+
+    def _choose_start(self, asked: int | None) -> tuple[int, Path] | None:
+        if asked is None:
+            checkpoint_files.forget_return(self.checkpoints)
+        elif checkpoint_files.went_back(self.checkpoints, asked):
+            print(
+                f"run.resume_step={asked}: an earlier start went back to it, so this one goes on from the newest "
+                "checkpoint; after a start without the key it counts again",
+                flush=True,
+            )
+        return checkpoint_files.choose_start(self.checkpoints, asked)
 
     def _say(self, text: str) -> None:
         if self.runtime.is_main:
@@ -237,7 +268,10 @@ class Trainer:
             self.sync_weights()
         due = settings.evaluation.at_start if self.step == 0 else self._evaluation_due()
         if due and not self.on_main(lambda: self._main_tracker.evaluated(self.step)):
-            self.evaluate()  # also one that the servers did not live to see before the run was started again
+            # Also one that the servers did not live to see before the run was started again.
+            score = self._score(self.evaluate())
+            if score is not None:
+                self.checkpointer.add_score(self.step, score)
         while self.step < settings.steps:
             with self.watchdog.phase(f"step {self.step + 1}"):
                 self.train_step()
@@ -484,13 +518,7 @@ class Trainer:
 
     def _score(self, evaluation: dict[str, float]) -> float | None:
         """``trainer.best_metric`` of an evaluation, if it was measured."""
-        settings = self.config.trainer
-        if settings.keep_best and evaluation and settings.best_metric not in evaluation:
-            raise ConfigError(
-                f"trainer.best_metric={settings.best_metric} is not in an evaluation; "
-                f"there are: {', '.join(evaluation)}"
-            )
-        return evaluation.get(settings.best_metric)
+        return evaluation.get(self.config.trainer.best_metric)
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of everything; with ``trainer.async_save`` it is complete some steps later.
@@ -545,6 +573,7 @@ class Trainer:
             self.rollout.close()
         if self.tracker is not None:
             self.tracker.close()
+        self.lock.release()
 
 
 def _response_tokens(batch: SequenceBatch, index: Tensor) -> Tensor:

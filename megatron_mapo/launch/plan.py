@@ -28,7 +28,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_mapo.checkpoint_files import choose
+from megatron_mapo.checkpoint_files import choose_start
 from megatron_mapo.config import (
     DATA_SUFFIXES,
     ActorConfig,
@@ -113,7 +113,7 @@ def make_plan(config: Config, processes: int, command: list[str]) -> Plan:
     shape = ModelShape.read(find_model_config(config.model.path))
     shape.check_layout(config.actor.parallel)
     _check_data(config)
-    chosen = choose(config.run_dir / "checkpoints", config.run.resume_step)
+    chosen = choose_start(config.run_dir / "checkpoints", config.run.resume_step)
     return Plan(
         config=config,
         processes=processes,

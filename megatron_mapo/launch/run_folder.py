@@ -72,7 +72,19 @@ def read_run(folder: str | Path) -> RunSummary:
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Complete checkpoints of the run in ``folder``, oldest first."""
     saved = checkpoint_files.complete_checkpoints(folder / "checkpoints")
-    return [_checkpoint(step, path) for step, path in saved]
+    found = [_checkpoint(step, path) for step, path in saved]
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def config_file(folder: Path, step: int | None) -> Path:
+    """The configuration that the checkpoint of ``step`` (None: the newest) of the run in ``folder`` was written with.
+
+    That of the run's last start, where there is no such checkpoint or an earlier version wrote it.
+    """
+    saved = dict(checkpoint_files.complete_checkpoints(folder / "checkpoints"))
+    path = saved.get(max(saved, default=0) if step is None else step)
+    own = None if path is None else path / checkpoint_files.CONFIG
+    return own if own is not None and own.is_file() else folder / "config.yaml"
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
@@ -83,8 +95,14 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
     return None
 
 
-def _checkpoint(step: int, path: Path) -> Checkpoint:
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def _checkpoint(step: int, path: Path) -> Checkpoint | None:
+    """None if its run has just removed it."""
+    try:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    except FileNotFoundError:
+        if path.is_dir():
+            raise
+        return None
     names = (checkpoint_files.LATEST, checkpoint_files.BEST)
     pointers = tuple(n for n in names if checkpoint_files.read_pointer(path.parent, n) == path.name)
     return Checkpoint(step, path, size, pointers)
@@ -98,11 +116,19 @@ def describe_checkpoint(checkpoint: Checkpoint, checksums: bool) -> tuple[list[s
         checksums: read all files and compare checksums; else only their sizes.
     """
     named = f" ({', '.join(checkpoint.pointers)})" if checkpoint.pointers else ""
-    lines = [f"checkpoint: step {checkpoint.step}, {_mib(checkpoint.size)}, {checkpoint.path}{named}"]
+    title = f"checkpoint: step {checkpoint.step}, {_mib(checkpoint.size)}, {checkpoint.path}{named}"
+    lines, problem = _describe_files(checkpoint, checksums)
+    if not checkpoint.path.is_dir():
+        lines, problem = ["  integrity  not known: its run has removed it meanwhile"], None
+    return [title, *lines], problem
+
+
+def _describe_files(checkpoint: Checkpoint, checksums: bool) -> tuple[list[str], str | None]:
+    lines: list[str] = []
     try:
         manifest = checkpoint_files.read_manifest(checkpoint.path)
         if manifest is None:
-            return [*lines, "  integrity  not known: no manifest, an earlier version wrote it"], None
+            return ["  integrity  not known: no manifest, an earlier version wrote it"], None
         lines += _manifest_lines(manifest, checkpoint.path.resolve().parents[1] / "config.yaml")
         if checksums:
             checkpoint_files.verify(checkpoint.path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from megatron_mapo import __version__, checkpoint_files
 from megatron_mapo.checkpoint_files import FileEntry, Manifest, Retention
 from megatron_mapo.config import Config, to_yaml
 from megatron_mapo.errors import CheckpointError
+from megatron_mapo.megatron.checkpoint_fit import differences, misfit
 from megatron_mapo.megatron.checkpoint_writer import (
     PARTS,
     Abandoned,
@@ -175,6 +176,7 @@ class Checkpointer:
         def begin() -> None:
             checkpoint_files.require_space(partial, needed)
             write_common(plan, partial)
+            (partial / checkpoint_files.CONFIG).write_text(to_yaml(policy.config), encoding="utf-8")
 
         self._on_main(begin, partial)
         staged = stage(plan, self.runtime.device)
@@ -204,6 +206,22 @@ class Checkpointer:
     def wait(self) -> Path | None:
         """Wait for the checkpoint in flight and finish it; as ``poll``."""
         return None if self._in_flight is None else self._finish(self._in_flight)
+
+    def add_score(self, step: int, score: float) -> None:
+        """Give the checkpoint of ``step``, if there is one, the score of an evaluation that came after it.
+
+        Raises:
+            CheckpointError: its manifest cannot be read or written; on all ranks.
+        """
+        error = None
+        if self.runtime.is_main:
+            try:
+                checkpoint_files.add_score(self.folder, step, score)
+                self._make_room()
+            except (OSError, CheckpointError) as problem:
+                error = _reason(problem)
+        if error := self.runtime.broadcast(error):
+            raise CheckpointError(f"cannot write the score of step {step} into {self.folder}: {error}")
 
     def close(self) -> None:
         """Give up a checkpoint in flight; its partial folder stays until ``checkpoint_files.recover``."""
@@ -252,7 +270,16 @@ class Checkpointer:
         total = {name: sum(rank[name] for rank in parts) for name in PARTS}
         checkpoint_files.write_manifest(partial, flight.describe(total, files))
         checkpoint_files.publish(partial)
-        checkpoint_files.retain(self.folder, self.retention)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Rank 0: remove what is no longer needed. The new checkpoint is there, whatever comes of it."""
+        try:
+            problems = checkpoint_files.retain(self.folder, self.retention)
+        except OSError as error:
+            problems = [f"cannot remove old checkpoints of {self.folder}: {_reason(error)}"]
+        for problem in problems:
+            print(f"warning: {problem}", flush=True)
 
     def _on_main(self, work: Callable[[], None], partial: Path) -> None:
         """``work()`` on rank 0; its errors are raised on all ranks."""
@@ -305,11 +332,7 @@ def _describer(
             step=step,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             layout=_layout(config, runtime),
-            model={
-                "type": str(getattr(policy.hf, "model_type", "")),
-                "dtype": config.model.dtype.value,
-                "path": str(policy.model_path),
-            },
+            model=policy.identity,
             versions={
                 "megatron-mapo": __version__,
                 "megatron-core": version("megatron-core"),
@@ -421,18 +444,41 @@ def _settings_of(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str
     return {**same, "is_expert_parallel": group["is_expert_parallel"]}
 
 
+def _settings_now(group: dict[str, Any]) -> dict[str, Any]:
+    """All of an optimizer's group but its state."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+def refuse_misfit(runtime: Runtime, path: Path, config: Config, model: Mapping[str, str | int]) -> None:
+    """Refuse a checkpoint of another model, or of other adapters (see ``checkpoint_fit.misfit``). Collective.
+
+    Raises:
+        CheckpointError: names the key; on all ranks.
+    """
+    try:
+        problem = misfit(path, config, model)
+    except CheckpointError as error:
+        problem = str(error)
+    found = [text for text in runtime.gather(problem) if text]
+    if found:
+        raise CheckpointError(found[0])
+
+
 def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
     """Bring model, optimizer, schedule and RNG back from ``path``. Collective.
 
-    The RNG state comes back if the number of processes is the same.
+    The configuration is that of now: of the optimizer its moments and its step count come back, of the schedule its
+    step. Rank 0 prints which keys were others then. The RNG state comes back if the number of processes is the same.
 
     Returns:
         the loop's own state, as it was given to ``save``.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the model, or cannot be read.
+        CheckpointError: the checkpoint does not fit the model or the adapters, or cannot be read; on all ranks.
     """
+    settings = [_settings_now(group) for group in policy.optimizer.param_groups]
     try:
+        refuse_misfit(runtime, path, policy.config, policy.identity)
         common = dist_checkpointing.load_common_state_dict(str(path))
         contents = _sharded_state(policy, runtime, is_loading=True)
         if common["world_size"] != runtime.world_size:
@@ -444,7 +490,13 @@ def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
             policy.optimizer.load_state_dict(_fit_parts(policy, state["optimizer"]))
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot resume from {path}: {_reason(error)}") from error
-    policy.scheduler.load_state_dict(common["schedule"])
+    for group, mine in zip(policy.optimizer.param_groups, settings, strict=True):
+        group.update(mine)
+    # megatron's load_state_dict would bring back the rates, the length and the shape of the schedule, too.
+    policy.scheduler.num_steps = common["schedule"]["num_steps"]
+    policy.scheduler.step(0)
+    for line in differences(path, policy.config) if runtime.is_main else []:
+        print(line, flush=True)
     if "rng" in state:
         _restore_rng(runtime, state["rng"])
     return common["loop"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,13 +17,49 @@ from megatron_mapo.errors import DataError
 
 # Everything beside the weights that a Hugging Face folder carries.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+_PIECES, _PIECE = 16, 1 << 16
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files with a Hugging Face folder's weights.
+
+    Those that the index names, else ``model.safetensors``, else every safetensors file: some folders hold the
+    weights a second time, in another layout.
+
+    Raises:
+        DataError: there is none, or one is missing.
+    """
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(name for name in names if not (path / name).is_file())
+        if missing:
+            raise DataError(f"model.path: {index} names {missing[0]}, which is not there")
+        return sorted(path / name for name in names)
+    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"model.path: no *.safetensors file in {path}")
+    return files
+
+
+def weights_fingerprint(path: str | Path) -> str:
+    """Tells models apart without reading all of their weights.
+
+    It is the XXH3 of every file's size and of pieces spread evenly over it, the first one with names and shapes.
+    """
+    digest = xxhash.xxh3_128()
+    for file in weight_files(Path(path)):
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as stream:
+            for number in range(_PIECES):
+                stream.seek(max(0, size - _PIECE) * number // (_PIECES - 1))
+                digest.update(stream.read(_PIECE))
+    return digest.hexdigest()
 
 
 class SafetensorsFolder:
     """Read-only view of all tensors of a Hugging Face folder.
-
-    Those are in the files that the index names, else in ``model.safetensors``, else in every safetensors file:
-    some folders hold the weights a second time, in another layout.
 
     Raises:
         DataError: there is no safetensors file, or a tensor asked for is missing or misshapen.
@@ -31,25 +68,12 @@ class SafetensorsFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.handles = {}
-        for file in self._files():
+        for file in weight_files(self.path):
             try:
                 handle = safe_open(str(file), "pt")
             except Exception as error:  # safetensors raises its own, undocumented types
                 raise DataError(f"model.path: {file} is not a readable safetensors file: {error}") from error
             self.handles.update(dict.fromkeys(handle.keys(), handle))
-
-    def _files(self) -> list[Path]:
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index.is_file():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            missing = sorted(name for name in names if not (self.path / name).is_file())
-            if missing:
-                raise DataError(f"model.path: {index} names {missing[0]}, which is not there")
-            return sorted(self.path / name for name in names)
-        files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise DataError(f"model.path: no *.safetensors file in {self.path}")
-        return files
 
     def read(self, name: str, shape: list[int], dim: int | None, parts: int, part: int) -> Tensor:
         """Part ``part`` of ``parts`` along ``dim`` (None: all) of a tensor that must have this whole ``shape``.

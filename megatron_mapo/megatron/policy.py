@@ -21,6 +21,7 @@ from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.config import Config, ReferencePlacement
 from megatron_mapo.data.packing import PackedBatch, PackingSpec, equal_lengths, pack, plan_microbatches
 from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.megatron.checkpoint_fit import describe_model
 from megatron_mapo.megatron.hf import load_weights, named_adapters, named_weights
 from megatron_mapo.megatron.lora import BaseReference, add_adapters
 from megatron_mapo.megatron.model import PolicyModel, forward_microbatch, load_hf_config, transformer_config
@@ -114,11 +115,13 @@ class Policy:
         chunks: the pieces of the actor that this rank holds.
         ddp: the same pieces, wrapped for data parallelism.
         hf: the model's Hugging Face config.
+        identity: what checkpoints say about the model that training began with (see ``describe_model``).
     """
 
     def __init__(self, config: Config, runtime: Runtime, model_path: str | Path, total_updates: int) -> None:
         self.config, self.runtime, self.model_path = config, runtime, Path(model_path)
         self.chunks, self.hf = build_model(config, model_path, runtime.device)
+        self.identity = describe_model(config, self.hf, self.model_path)
         self.ddp = data_parallel(self.chunks, config.actor.optim, self._gradients_are_complete)
         self._update_began = self._own_seconds = 0.0
         self.optimizer, self.scheduler = build_optimizer(self.ddp, config.actor.optim, total_updates)

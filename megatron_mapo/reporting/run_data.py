@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_mapo.checkpoint_files import read_manifest
+from megatron_mapo.config import flatten
 from megatron_mapo.errors import CheckpointError, DataError
 from megatron_mapo.launch.run_folder import list_checkpoints
 from megatron_mapo.tracking.jsonl import Row, read_rows
@@ -120,17 +121,6 @@ def load_run(folder: str | Path) -> RunData:
         read_rows(folder / "evaluations.jsonl"),
         read_rows(folder / "starts.jsonl"),
     )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys. An empty mapping is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _layout(ranks: int, sizes: Mapping[str, Any]) -> str:

@@ -126,6 +126,13 @@ class Tally:
         return columns
 
 
+def metric_names(samples: int, greedy: bool, extracts: bool) -> list[str]:
+    """Names of ``Tally.metrics``; the arguments are those of ``Tally``."""
+    tally = Tally(1, samples, greedy, extracts)
+    tally.done[:] = True
+    return list(tally.metrics(0))
+
+
 class Evaluator:
     """Samples, scores and extracts.
 

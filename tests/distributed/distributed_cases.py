@@ -278,8 +278,10 @@ def train_runs(cases: dict[str, dict[str, Any]], folder: str, runs: str) -> None
             policy.update(batch, columns)
             checkpoint.save(policy, ranks, run_dir / "checkpoints", 1, {}, keep=1)
             weights = {n: v.clone() for n, v in policy.named_weights()}
+            adapters = {n: v.clone() for n, v in policy.named_adapters()} if config.actor.lora.rank else {}
             if ranks.is_main:
                 save_file(weights, run_dir / "weights.safetensors")
+                save_file(adapters, run_dir / "adapters.safetensors")
                 (run_dir / "config.yaml").write_text(to_yaml(config))
 
 
@@ -303,6 +305,38 @@ def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str,
             if ranks.is_main:
                 save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))
     return states
+
+
+def keep_reference(cases: dict[str, list[str]], folder: str, out: str) -> dict[str, list[str]]:
+    """Each case: three updates, a checkpoint, a fresh policy that loads it. Returns what is not as it must be."""
+    batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
+    fixed = load_file(Path(folder) / "columns_llama_untied.safetensors")
+    wrong: dict[str, list[str]] = {}
+    for name, options in cases.items():
+        config = read_config(str(Path(folder) / "llama_untied"), [*options, "actor.loss.kl_coef=0.1"])
+        with layout(config) as ranks:
+            policies = [Policy(config, ranks, config.model.path, total_updates=4) for _ in range(3)]
+            trained, undisturbed, resumed = policies
+            columns = columns_of(trained, batch, fixed)
+            start = trained.reference_log_probs(batch).logprobs
+            for _ in range(3):
+                trained.update(batch, columns)
+                again = trained.reference_log_probs(batch).logprobs
+                undisturbed.update(batch, columns)
+            weights = {n: v.clone() for n, v in undisturbed.named_weights()}
+            checkpoint.save(trained, ranks, Path(out) / name, 3, {}, keep=1)
+            checkpoint.load(resumed, ranks, Path(out) / name / "step_000003")
+            after = resumed.reference_log_probs(batch).logprobs
+            found = {
+                "a fresh reference": torch.equal(start, undisturbed.reference_log_probs(batch).logprobs),
+                "reference after updates": torch.equal(again, start),
+                "reference after resuming": torch.equal(after, start),
+                "the actor has moved": not torch.equal(trained.log_probs(batch).logprobs, start),
+            }
+            for what, policy in (("trained", trained), ("resumed", resumed)):
+                found[f"weights, {what}"] = all(torch.equal(v, weights[n]) for n, v in policy.named_weights())
+            wrong[name] = [what for what, holds in found.items() if not holds]
+    return wrong
 
 
 def save_where_nothing_can_be_written(model: str, folder: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,20 @@ CASES = {
     "dp2-bfloat16": {"model": "qwen3", "options": ["model.dtype=bfloat16"]},
 }
 
+LORA = "actor.lora.rank=4"
+ADAPTED = {
+    "lora-tp2": {"model": "llama_untied", "options": [LORA, TP, "actor.parallel.sequence=true"]},
+    "lora-pp2": {"model": "llama_untied", "options": [LORA, PP]},
+}
+
 
 @pytest.fixture(scope="module")
 def runs(launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    launcher.run(2, "train_runs", {"cases": CASES, "folder": str(frozen), "runs": str(folder)})
+    launcher.run(2, "train_runs", {"cases": CASES | ADAPTED, "folder": str(frozen), "runs": str(folder)})
+    # What a later start has written: the export of an older checkpoint has nothing to do with it.
+    later = folder / "lora-tp2" / "config.yaml"
+    later.write_text(later.read_text().replace("alpha: 32.0", "alpha: 1.0").replace(str(frozen), "nowhere"))
     launcher.run(1, "export_runs", {"runs": str(folder)})
     return folder
 
@@ -45,3 +55,20 @@ def test_an_export_is_what_was_trained(name: str, runs: Path, frozen: Path) -> N
     card = (runs / name / "export" / "README.md").read_text()
     assert "after 1 step of" in card
     assert "| mix |" in card
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_are_exported_as_they_were_trained(name: str, runs: Path) -> None:
+    trained = load_file(runs / name / "adapters.safetensors")
+    found = load_file(runs / name / "export" / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == trained.keys()
+    assert len(found) == 2 * 2 * 7, "A and B of every projection of two layers"
+    for key, value in trained.items():
+        assert torch.equal(found[key], value), key
+        assert value.any(), key
+    settings = json.loads((runs / name / "export" / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 32.0)
+    merged, streamed = (load_file(runs / name / path) for path in ("export/model.safetensors", "weights.safetensors"))
+    assert merged.keys() == streamed.keys()
+    for key, value in streamed.items():
+        assert torch.allclose(merged[key], value, rtol=1e-6, atol=1e-7), key

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
 from megatron_mapo import checkpoint_files
+from megatron_mapo.run_lock import RunLock
 from megatron_mapo.tracking.rollouts import read_rollouts, rollout_files
 
 KILLS = 20
@@ -235,3 +237,30 @@ def test_a_run_resumes_from_the_step_that_was_asked_for(launcher: Launcher, work
     for path in aside:
         shutil.rmtree(path)
     assert_same(straight, again)
+
+    # The same command again, as after a crash, with the checkpoint gone; and the servers did not live to see the
+    # evaluation of the last step, whose checkpoint was saved without it.
+    shutil.rmtree(again / "checkpoints" / "step_000002")
+    manifest = checkpoint_files.read_manifest(newest)
+    assert manifest is not None
+    checkpoint_files.write_manifest(newest, replace(manifest, score=None))
+    evaluated = (again / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (again / "evaluations.jsonl").write_text("".join(evaluated[:-1]))
+    whole(launcher, workspace, "again", "run.resume_step=2")
+    assert not list((again / "checkpoints").glob("*.aside"))
+    assert table(again / "metrics.jsonl") == table(straight / "metrics.jsonl")
+    assert table(again / "evaluations.jsonl") == evaluations
+    assert checkpoint_files.read_manifest(newest) == manifest, "with the score"
+
+
+def test_a_start_that_must_not_be_changes_nothing(launcher: Launcher, workspace: Path) -> None:
+    folder = workspace / "runs" / "refused"
+    first = RunLock(folder)
+    first.acquire()
+    with pytest.raises(RankFailed, match=r"run\.name: another start of this run is at work in .*refused"):
+        whole(launcher, workspace, "refused")
+    first.release()
+    wrong = ("trainer.best_metric=pass_at_2", f"model.path={workspace / 'nowhere'}")
+    with pytest.raises(RankFailed, match=r"trainer\.best_metric=pass_at_2 is not in an evaluation; there are: "):
+        whole(launcher, workspace, "refused", *wrong)
+    assert [path.name for path in folder.iterdir()] == [".lock"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,24 @@ class TestChoose:
         with pytest.raises(CheckpointError, match="no checkpoint of step 3; there are: 2, 4, 1000000"):
             files.choose(tmp_path, 3)
 
+    def test_a_start_goes_back_once(self, tmp_path: Path) -> None:
+        folder = tmp_path / "checkpoints"
+        _, second, third = write(folder, 2, 4, 6)
+        assert files.choose_start(folder, None) == (6, third)
+        assert files.choose_start(folder, 4) == (4, second)
+        assert files.choose_start(folder, 4) == (4, second), "it was killed before it went back"
+        files.set_aside_newer(folder, 4)
+        files.note_return(folder, 4)
+        (again,) = write(folder, 8)
+        assert files.choose_start(folder, 4) == (8, again)
+        files.remove(second)
+        files.note_return(folder, 4)
+        assert files.choose_start(folder, 4) == (8, again), "it need not be there any more"
+        assert files.choose_start(folder, 2) == (2, folder / "step_000002"), "another one"
+        files.forget_return(folder)
+        with pytest.raises(CheckpointError, match="no checkpoint of step 4"):
+            files.choose_start(folder, 4)
+
     def test_only_complete_ones(self, tmp_path: Path) -> None:
         for name in ("step_000009.partial", "step_000008.removed", "step_000007.aside", "step_12", "steps_000001"):
             (tmp_path / name).mkdir()
@@ -146,6 +165,27 @@ class TestRetention:
         assert files.read_pointer(tmp_path, "best") == "step_000010"
         files.retain(tmp_path, Retention(last=1))
         assert files.read_pointer(tmp_path, "best") is None, "it would name a folder that may go"
+
+    def test_one_whose_score_cannot_be_read_stays_and_is_named(self, tmp_path: Path) -> None:
+        write(tmp_path, 1, 2, 3, 4, 5, s1=0.5, s2=0.9, s3=0.7)
+        (tmp_path / "step_000002" / "manifest.json").write_text("{")
+        (problem,) = files.retain(tmp_path, Retention(last=1, best=True))
+        assert "step_000002/manifest.json is damaged" in problem
+        assert steps(tmp_path) == [2, 3, 5]
+        assert files.read_pointer(tmp_path, "best") == "step_000003"
+        assert files.retain(tmp_path, Retention(last=1)) == [], "nobody asks for scores"
+        assert steps(tmp_path) == [5]
+
+    def test_a_score_that_comes_later_counts(self, tmp_path: Path) -> None:
+        _, path, _ = write(tmp_path, 1, 2, 3, s1=0.5)
+        before = files.read_manifest(path)
+        assert before is not None
+        files.add_score(tmp_path, 2, 0.75)
+        files.add_score(tmp_path, 9, 0.99)
+        assert files.verify(path) == replace(before, score=0.75)
+        files.retain(tmp_path, Retention(last=1, best=True))
+        assert steps(tmp_path) == [2, 3]
+        assert files.read_pointer(tmp_path, "best") == "step_000002"
 
     def test_a_checkpoint_written_twice_is_replaced(self, tmp_path: Path) -> None:
         (path,) = write(tmp_path, 3)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from megatron_mapo import __version__, checkpoint_files
 from megatron_mapo.checkpoint_files import Manifest
 from megatron_mapo.config import describe_options
 from megatron_mapo.errors import CheckpointError, ConfigError, DataError
+from megatron_mapo.launch.run_folder import Checkpoint, describe_checkpoint, list_checkpoints
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -245,6 +248,39 @@ class TestRunFolder:
             assert line in lines
         assert any(line.startswith("  config     ") and "(as config.yaml is now)" in line for line in lines)
         assert ("name: tiny" in result.stdout) is not single
+
+    def test_inspect_shows_a_checkpoints_configuration(self, tmp_path: Path) -> None:
+        path = self.save_checkpoint(tmp_path, 7)
+        (path / "config.yaml").write_text("run:\n  name: as-it-was\n")
+        result = run("inspect", str(path))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("run:\n  name: as-it-was\n")
+        assert "as-it-was" not in run("inspect", str(tmp_path)).stdout
+
+    def test_inspect_of_a_run_that_removes_checkpoints_meanwhile(self, tmp_path: Path) -> None:
+        kept = self.save_checkpoint(tmp_path, 7)
+        gone, stop = [], threading.Event()
+
+        def save_and_remove() -> None:
+            while not stop.is_set():
+                path = tmp_path / "checkpoints" / f"step_{8 + len(gone):06d}"
+                shutil.copytree(kept, path.with_suffix(".partial"))
+                checkpoint_files.publish(path.with_suffix(".partial"))
+                checkpoint_files.remove(path)
+                gone.append(path)
+
+        thread = threading.Thread(target=save_and_remove)
+        thread.start()
+        try:
+            while len(gone) < 100:
+                for checkpoint in list_checkpoints(tmp_path):
+                    lines, problem = describe_checkpoint(checkpoint, checksums=True)
+                    assert problem is None, lines
+        finally:
+            stop.set()
+            thread.join()
+        lines, problem = describe_checkpoint(Checkpoint(8, gone[0], 0), checksums=False)
+        assert (lines[1:], problem) == (["  integrity  not known: its run has removed it meanwhile"], None)
 
     def test_inspect_finds_damage(self, tmp_path: Path) -> None:
         self.save_checkpoint(tmp_path, 7)

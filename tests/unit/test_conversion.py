@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
+from megatron_mapo.config import load_config, to_yaml
 from megatron_mapo.errors import CheckpointError, ConfigError, DataError
+from megatron_mapo.export import _find_model
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -74,3 +76,15 @@ def test_mistakes(arguments: list[str], error: type, message: str, model: Path, 
     assert done.returncode == error.exit_code
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_has_been_moved_is_found_where_the_last_start_found_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, [f"model.path={tmp_path}/gone", "data.train=d"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(DataError, match=r"there is no folder .*/gone"):
+        _find_model(config, tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, [f"model.path={model}", "data.train=d"])))
+    assert _find_model(config, tmp_path) == model
+    assert f"taking {model}" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -98,6 +100,24 @@ class TestConfiguration:
         assert (config.data.eval, config.rollout.max_response_tokens) == (data, 4096)
         assert config.rollout.urls == []
         assert (config.rollout.server.host, config.rollout.server.port) == ("127.0.0.1", 0)
+
+    def test_of_a_checkpoint_is_the_one_that_it_was_written_with(self, folder: Path, tmp_path: Path) -> None:
+        run = shutil.copytree(folder / "trained", tmp_path / "trained")
+        text = (run / "config.yaml").read_text()
+        for step in (4, 6):
+            path = run / f"checkpoints/step_{step:06d}"
+            path.mkdir(exist_ok=True)
+            (path / "config.yaml").write_text(text.replace("Q:", f"Step {step}:"))
+        (run / "checkpoints/step_000002").mkdir()
+
+        def template(**request: Any) -> str:
+            return evaluation_config(Request(str(run), data="d.jsonl", **request)).data.template
+
+        assert template() == "Step 6: {question}"
+        assert template(step=4) == "Step 4: {question}"
+        assert template(step=4, overrides=["data.template=A {question}"]) == "A {question}"
+        assert template(step=2) == "Q: {question}", "an earlier version wrote it"
+        assert template(urls=["http://127.0.0.1:9"]) == "Q: {question}", "the servers have the weights of now"
 
     def test_options_win_over_overrides_over_the_file(self, folder: Path) -> None:
         request = Request(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from megatron_mapo.algorithms.kl import rewards_with_kl
 from megatron_mapo.algorithms.metrics import rollout_metrics
 from megatron_mapo.config import KLEstimator, load_config
 from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch
+from megatron_mapo.errors import ConfigError
 from megatron_mapo.train import Trainer
 
 NEEDED = ["model.path=m", "data.train=d.jsonl"]
@@ -90,3 +93,29 @@ def test_the_kl_in_the_reward_changes_the_advantages(estimator: str) -> None:
     trainer.config.actor.loss.kl_coef = 0.0
     without = trainer._advantages(batch, {})
     assert (found - without).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("metric", "samples", "extracts", "known"),
+    [
+        ("pass_at_1", 0, False, True),
+        ("pass_at_4", 4, False, True),
+        ("pass_at_4", 3, True, False),
+        ("maj_at_4", 4, True, True),
+        ("maj_at_4", 4, False, False),
+        ("sampled_length_mean", 0, True, False),
+        ("greedy_accuracy_low", 4, False, True),
+        ("eval/pass_at_1", 4, True, False),
+    ],
+)
+def test_what_keep_best_compares_is_known_before_training(
+    metric: str, samples: int, extracts: bool, known: bool
+) -> None:
+    given = ["model.path=m", "data.train=d.jsonl", "data.eval=e.jsonl", f"trainer.best_metric={metric}"]
+    config = load_config(None, [*given, f"trainer.evaluation.samples={samples}", "trainer.keep_best=true"])
+    trainer: Any = SimpleNamespace(config=config)
+    refused = pytest.raises(ConfigError, match=rf"trainer\.best_metric={metric} is not in an evaluation; there are")
+    with nullcontext() if known else refused:
+        Trainer._check_best_metric(trainer, extracts)
+    config.trainer.keep_best = False
+    Trainer._check_best_metric(trainer, extracts)

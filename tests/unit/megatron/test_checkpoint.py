@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import subprocess
 import sys
@@ -19,11 +21,12 @@ from torch import Tensor
 from megatron_mapo import checkpoint_files
 from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.checkpoint_files import Retention
-from megatron_mapo.config import Config, Dtype, LossAggregation, LRSchedule
+from megatron_mapo.config import Config, Dtype, LoraConfig, LossAggregation, LRSchedule, load_config
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron import checkpoint
 from megatron_mapo.megatron.checkpoint import Checkpointer
+from megatron_mapo.megatron.hf_folder import weights_fingerprint
 from megatron_mapo.megatron.policy import Policy, build_model
 from megatron_mapo.megatron.runtime import Runtime
 
@@ -33,16 +36,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
 
 
-def make_policy(
-    runtime: Runtime, model: Path, dtype: Dtype = Dtype.float32, distributed_optimizer: bool = True
-) -> Policy:
+def make_config(dtype: Dtype = Dtype.float32, distributed_optimizer: bool = True) -> Config:
     config = Config()
     config.model.dtype = dtype
     config.actor.optim.lr = 1e-2
     config.actor.optim.schedule = LRSchedule.linear
     config.actor.optim.warmup_steps = 2
     config.actor.optim.distributed = distributed_optimizer
-    return Policy(config, runtime, model, total_updates=6)
+    return config
+
+
+def make_policy(
+    runtime: Runtime, model: Path, dtype: Dtype = Dtype.float32, distributed_optimizer: bool = True
+) -> Policy:
+    return Policy(make_config(dtype, distributed_optimizer), runtime, model, total_updates=6)
 
 
 def trained_policy(runtime: Runtime, model: Path) -> Policy:
@@ -89,6 +96,38 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_optimizer_of_now_goes_on(
+    runtime: Runtime, model: Path, tmp_path: Path, distributed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = make_policy(runtime, model, distributed_optimizer=distributed)
+    train(policy, 3)
+    path = checkpoint.save(policy, runtime, tmp_path, 3, {}, keep=1)
+    config = make_config(distributed_optimizer=distributed)
+    optim = config.actor.optim
+    optim.lr, optim.schedule, optim.warmup_steps = 0.25, LRSchedule.cosine, 4
+    optim.beta1, optim.beta2, optim.eps, optim.weight_decay = 0.8, 0.7, 1e-5, 0.125
+    config.trainer.steps, config.reward.name, config.trainer.threads = 10, "exact", 1
+    resumed = Policy(config, runtime, model, total_updates=10)
+    checkpoint.load(resumed, runtime, path)
+    found = [float(numbers[2]) for numbers in train(resumed, 7)[0:14:2]]
+    assert found == pytest.approx([0.25, *(0.125 * (1 + math.cos(math.pi * k / 7)) for k in range(1, 7))])
+    assert [g["weight_decay"] / g["wd_mult"] for g in resumed.optimizer.param_groups if g["wd_mult"]] == [0.125]
+    for group in resumed.optimizer.param_groups:
+        assert (*group["betas"], group["eps"]) == (0.8, 0.7, 1e-5)
+    assert capsys.readouterr().out.splitlines() == [
+        "actor.optim.lr is 0.25 now; the checkpoint was written with 0.01",
+        "actor.optim.schedule is cosine now; the checkpoint was written with linear",
+        "actor.optim.warmup_steps is 4 now; the checkpoint was written with 2",
+        "actor.optim.beta1 is 0.8 now; the checkpoint was written with 0.9",
+        "actor.optim.beta2 is 0.7 now; the checkpoint was written with 0.95",
+        "actor.optim.eps is 1e-05 now; the checkpoint was written with 1e-08",
+        "actor.optim.weight_decay is 0.125 now; the checkpoint was written with 0.0",
+        "trainer.steps is 10 now; the checkpoint was written with 100",
+        "other keys that are not as they were in the checkpoint: reward.name=exact (math)",
+    ]
 
 
 class SlowWriter:
@@ -156,6 +195,36 @@ def test_the_next_save_waits_for_the_one_before(runtime: Runtime, model: Path, t
     assert checkpoint_files.read_pointer(tmp_path, "best") == "step_000001"
 
 
+def test_what_is_wrong_with_old_ones_does_not_fail_a_save(
+    runtime: Runtime, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpointer = Checkpointer(runtime, tmp_path, Retention(last=1, best=True))
+    policy = trained_policy(runtime, model)
+
+    def save(step: int, score: float | None) -> str:
+        checkpointer.start(policy, step, {}, score)
+        assert checkpointer.wait() == tmp_path / f"step_{step:06d}"
+        return capsys.readouterr().out
+
+    assert save(1, 0.5) == ""
+    (tmp_path / "step_000001" / "manifest.json").write_text("{")
+    assert "warning: " in (said := save(2, 0.25))
+    assert "step_000001/manifest.json is damaged" in said
+    assert [step for step, _ in checkpoint_files.complete_checkpoints(tmp_path)] == [1, 2]
+    shutil.rmtree(tmp_path / "step_000001")
+    (tmp_path / "step_000003.removed").write_text("in the way")
+    assert save(3, None) == ""
+    checkpointer.add_score(3, 0.125)
+    assert "warning: cannot remove old checkpoints" in save(4, None)
+    assert checkpoint_files.read_pointer(tmp_path, "best") == "step_000002"
+    checkpointer.add_score(4, 0.75)
+    assert checkpoint_files.read_pointer(tmp_path, "best") == "step_000004"
+    (tmp_path / "step_000004" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot write the score of step 4 .*manifest.json is damaged"):
+        checkpointer.add_score(4, 0.75)
+    checkpointer.close()
+
+
 def test_a_checkpoint_that_is_given_up(
     runtime: Runtime, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +271,13 @@ def test_the_manifest_says_what_was_saved(runtime: Runtime, model: Path, tmp_pat
             "data": 1,
         }
     }
-    assert manifest.model == {"type": "llama", "dtype": "float32", "path": str(model)}
+    weights = weights_fingerprint(model)
+    assert manifest.model == {
+        **{"type": "llama", "dtype": "float32", "path": str(model)},
+        **{"vocab_size": 512, "weights": weights},
+    }
+    assert load_config(path / "config.yaml", ["model.path=m", "data.train=d"]).actor == policy.config.actor
+    assert "config.yaml" in manifest.files
     assert {file.name for file in path.iterdir()} == {*manifest.files, "manifest.json"}
 
 
@@ -303,6 +378,56 @@ def test_a_checkpoint_of_another_model_is_refused(runtime: Runtime, model: Path,
         checkpoint.load(make_policy(runtime, other), runtime, path)
     with pytest.raises(CheckpointError, match=r"cannot read .*step_000004"):
         checkpoint.load_model(build_model(Config(), other, runtime.device)[0], path)
+
+
+def test_a_model_of_other_weights_or_vocabulary_is_refused(runtime: Runtime, model: Path, tmp_path: Path) -> None:
+    path = checkpoint.save(trained_policy(runtime, model), runtime, tmp_path, 4, {}, keep=1)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    checkpoint.load(make_policy(runtime, moved), runtime, path)
+    others = {
+        "weights": make_tiny_model(tmp_path / "weights", "llama", seed=1),
+        "vocab_size": make_tiny_model(tmp_path / "vocab_size", "llama", vocab=520),
+    }
+    for what, other in others.items():
+        with pytest.raises(CheckpointError, match=rf"cannot resume from .*step_000004: model\.path: .*{what}"):
+            checkpoint.load(make_policy(runtime, other), runtime, path)
+
+
+LORA = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("alpha", 16.0), ("targets", ["q_proj"]), ("rank", 2), ("rank", 0), ("rank", None)]
+)
+def test_adapters_of_other_settings_are_refused(
+    runtime: Runtime, model: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    def adapted(settings: dict[str, Any]) -> Policy:
+        config = make_config()
+        config.actor.lora = LoraConfig(**settings)
+        return Policy(config, runtime, model, total_updates=6)
+
+    without, changed = LORA | {"rank": 0}, LORA | {key: value}
+    then, now = (without, LORA) if value is None else (LORA, changed)
+    path = checkpoint.save(adapted(then), runtime, tmp_path, 4, {}, keep=1)
+    same = then | {"targets": then["targets"][::-1]} | ({"alpha": 1.0} if value is None else {})
+    checkpoint.load(adapted(same), runtime, path)
+    with pytest.raises(CheckpointError, match=rf"cannot resume from .*step_000004: actor\.lora\.{key} is "):
+        checkpoint.load(adapted(now), runtime, path)
+
+
+def test_a_checkpoint_without_configuration_loads(runtime: Runtime, model: Path, tmp_path: Path) -> None:
+    """Earlier versions wrote none, and knew the model by its type and its folder alone."""
+    policy = trained_policy(runtime, model)
+    path = checkpoint.save(policy, runtime, tmp_path, 4, {"a": 1}, keep=1)
+    (path / "config.yaml").unlink()
+    tree = json.loads((path / "manifest.json").read_text())
+    tree["files"].pop("config.yaml")
+    for name in ("vocab_size", "weights"):
+        del tree["model"][name]
+    (path / "manifest.json").write_text(json.dumps(tree))
+    checkpoint.verify(runtime, path, checksums=True)
+    assert checkpoint.load(make_policy(runtime, model), runtime, path) == {"a": 1}
 
 
 def test_a_folder_that_cannot_be_made(runtime: Runtime, model: Path, tmp_path: Path) -> None:
