@@ -127,6 +127,18 @@ class TestVerdicts:
         assert found.contrasts[0].adjusted is None
         assert "nothing follows about other seeds" in found.contrasts[0].verdict
 
+    def test_two_seeds_are_too_few_for_a_verdict(self, runs, tmp_path):
+        """However clear the difference is: seeds 0 and 1 of two configurations that three seeds tell apart."""
+        folders = [*runs["grpo"][:2], *runs["mapo"][:2]]
+        found, _ = final_pass(collect(folders, None))
+        assert found.contrasts[0].estimate.p_value < 0.05
+        assert found.contrasts[0].adjusted is None
+        assert found.contrasts[0].verdict == "no verdict: 2 seeds each are too few for one, it takes at least 3"
+        assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *map(str, folders)]) == 0
+        text = (tmp_path / "out/report.md").read_text()
+        assert found.contrasts[0].verdict in text
+        assert "| not tested | not tested |" in text
+
     def test_holm_can_take_a_finding_back(self, runs):
         study = study_of(runs, "grpo", "mapo", "idle")
         generator = np.random.default_rng(0)
