@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from megatron_mapo.reporting.analysis import (
     training_accuracy,
 )
 from megatron_mapo.reporting.arms import Study, collect, differences, label_of, pass_tables
+from megatron_mapo.reporting.comparison_report import _target, analyse
 from megatron_mapo.reporting.run_data import load_run
 from megatron_mapo.tracking.jsonl import read_rows
 
@@ -201,6 +203,16 @@ class TestNumbers:
         assert reaching(run, mean, held_out=False) == Reaching(5.0, 15_000.0)
         assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *map(str, [*runs["idle"], *copies])]) == 0
         assert "| 21,000 |" in (tmp_path / "out/report.md").read_text()
+
+    def test_the_median_is_that_of_a_run_where_half_of_them_reach_the_target(self, runs):
+        results = analyse(study_of(runs, "grpo", "mapo"), 0.5)
+        there = [Reaching(30.0, 3000.0), Reaching(10.0, 1000.0)]
+        reached = {"a": [*there, *[Reaching(None, None)] * 2], "b": [there[0], *[Reaching(None, None)] * 2]}
+        table = _target(dataclasses.replace(results, reached={"training accuracy": reached})).tables[0]
+        assert table.rows == [
+            ["a, training accuracy", "2 of 4", "30", "3,000"],
+            ["b, training accuracy", "1 of 3", "never", "never"],
+        ]
 
     def test_advantages_by_success_rate_are_those_of_the_formula(self, runs):
         import torch
