@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from megatron_mapo.config import load_config
 from megatron_mapo.data.sequences import SequenceBatch
-from megatron_mapo.train import Trainer
+from megatron_mapo.train import Clock, Trainer
 
 
 @pytest.mark.parametrize(("groups", "updates"), [(1, 1), (2, 2), (3, 3), (7, 3)])
@@ -22,3 +23,13 @@ def test_mini_batches_are_whole_groups_and_never_empty(groups: int, updates: int
     for some in (parts[:updates], parts[updates:]):
         assert sorted(torch.cat(some).tolist()) == list(range(len(ids)))
         assert all(len(part) % 4 == 0 and len(part) for part in some)
+
+
+def test_a_phase_starts_when_it_begins_first_and_after_those_before_it() -> None:
+    runtime, watchdog = SimpleNamespace(synchronize=lambda: None), SimpleNamespace(phase=lambda name: nullcontext())
+    clock = Clock(runtime, watchdog)  # type: ignore[arg-type]
+    for name in ("rollout", "update", "rollout"):
+        with clock.phase(name):
+            pass
+    assert list(clock.starts) == list(clock.seconds) == ["rollout", "update"]
+    assert 0 <= clock.starts["rollout"] < clock.starts["update"]
