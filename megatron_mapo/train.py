@@ -68,16 +68,23 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """Seconds of each phase of a step, and seconds from the step's start to the phase's.
+
+    Attributes:
+        begin: when the step started.
+    """
 
     def __init__(self, runtime: Runtime, watchdog: Watchdog) -> None:
         self.runtime, self.watchdog = runtime, watchdog
         self.seconds: dict[str, float] = {}
+        self.starts: dict[str, float] = {}
+        self.begin = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside to ``name``."""
+        """Add the time inside to ``name``; its start is that of the first time."""
         start = time.perf_counter()
+        self.starts.setdefault(name, start - self.begin)
         with self.watchdog.phase(name):
             yield
             self.runtime.synchronize()
@@ -299,7 +306,6 @@ class Trainer:
     def train_step(self) -> None:
         """One rollout batch, its update(s), and the new weights on the servers."""
         clock = Clock(self.runtime, self.watchdog)
-        start = time.perf_counter()
         with clock.phase("rollout"):
             batch = self.on_servers(lambda: self._main_rollout.sample(self.step))
         columns, before = self.score(batch, clock)
@@ -319,9 +325,9 @@ class Trainer:
                 self.sync_weights()
         except (ServersLost, WeightSyncError):
             # The step is done, and its checkpoint is about to be saved: it must not miss in the log.
-            self._finish_step(batch, advantages, logprobs, metrics, clock, time.perf_counter() - start)
+            self._finish_step(batch, advantages, logprobs, metrics, clock)
             raise
-        self._finish_step(batch, advantages, logprobs, metrics, clock, time.perf_counter() - start)
+        self._finish_step(batch, advantages, logprobs, metrics, clock)
         self.health.check_finite(self.step, metrics["optim/skipped"] > 0, batch)
         self._check_mismatch(metrics)
 
@@ -332,10 +338,11 @@ class Trainer:
         logprobs: Tensor,
         metrics: dict[str, float],
         clock: Clock,
-        seconds: float,
     ) -> None:
-        """Log a step that took ``seconds``."""
+        """Log a step that ends now."""
+        seconds = time.perf_counter() - clock.begin
         metrics = metrics | {f"seconds/{name}": value for name, value in clock.seconds.items()}
+        metrics |= {f"seconds_at/{name}": round(value, 4) for name, value in clock.starts.items()}
         metrics["seconds/step"] = seconds
         metrics["speed/response_tokens_per_second"] = int(batch.response_lens.sum()) / seconds
         metrics["speed/tokens_per_second"] = len(batch.tokens) / seconds

@@ -22,6 +22,8 @@ from megatron_mapo.reporting.run_report import histogram, response_tokens
 from megatron_mapo.tracking.rollouts import read_rollouts
 
 LEVEL = 0.05
+MIN_SEEDS = 3
+"""Fewer are never called better or worse: two seeds find a difference that is not there too often (docs/compare.md)."""
 TARGET_WINDOW = 5
 """Steps over which the training accuracy is averaged before it is compared with the target."""
 
@@ -33,7 +35,7 @@ class Contrast:
     Attributes:
         label: of the configuration.
         estimate: its value less the baseline's.
-        adjusted: p-value after Holm's correction over all configurations; None with a single seed.
+        adjusted: p-value after Holm's correction over all configurations; None with fewer than ``MIN_SEEDS`` seeds.
         verdict: what may be said, in words.
     """
 
@@ -79,7 +81,7 @@ def outcome(name: str, tables: list[Array], study: Study, seed: int = 0) -> Outc
     arms = [crossed_mean(table, seed) for table in tables]
     found = [paired_difference(table, tables[0], seed, comparisons) for table in tables[1:]]
     adjusted = holm([estimate.p_value for estimate in found])
-    tested = len(study.seeds) > 1
+    tested = len(study.seeds) >= MIN_SEEDS
     contrasts = [
         Contrast(arm.label, e, p if tested else None, _verdict(arm.label, study.arms[0].label, e, p, comparisons))
         for arm, e, p in zip(study.arms[1:], found, adjusted, strict=True)
@@ -88,9 +90,11 @@ def outcome(name: str, tables: list[Array], study: Study, seed: int = 0) -> Outc
 
 
 def _verdict(label: str, baseline: str, estimate: Estimate, adjusted: float, comparisons: int) -> str:
-    """What the numbers allow to say. A difference needs more than one seed, and survives Holm's correction."""
+    """What the numbers allow to say. A difference needs ``MIN_SEEDS`` seeds, and survives Holm's correction."""
     if estimate.seeds == 1:
         return "one seed each: the interval is of questions only; nothing follows about other seeds"
+    if estimate.seeds < MIN_SEEDS:
+        return f"no verdict: {estimate.seeds} seeds each are too few for one, it takes at least {MIN_SEEDS}"
     if estimate.standard_error == 0 and estimate.value == 0:
         return "no significant difference: equal for every seed and question"
     if estimate.standard_error == 0:

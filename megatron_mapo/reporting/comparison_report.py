@@ -240,7 +240,8 @@ def _p(value: float | None) -> str:
 def _target(results: Results) -> Section:
     section = Section(f"Until an accuracy of {results.target:g}")
     section.text.append(
-        "Training accuracy is averaged over 5 steps. The median counts runs that never got there as later than all."
+        "Training accuracy is averaged over 5 steps. The median counts runs that never got there as later than all; "
+        "of an even number of runs it is the lower of the two in the middle."
     )
     rows = []
     for kind, arms in results.reached.items():
@@ -259,7 +260,8 @@ def _target(results: Results) -> Section:
 
 
 def _median(values: Sequence[float | None]) -> str:
-    middle = float(np.median([np.inf if value is None else value for value in values]))
+    """The lower median: that of a run, also where half of the runs never got there."""
+    middle = sorted(np.inf if value is None else value for value in values)[(len(values) - 1) // 2]
     return f"{middle:,.0f}" if np.isfinite(middle) else "never"
 
 

@@ -72,6 +72,11 @@ class RunData:
         return next((row for row in reversed(self.evaluations) if row["step"] > 0), None)
 
     @property
+    def moments(self) -> list[float]:
+        """When the trainers were started and when a row was written (seconds since 1970)."""
+        return [row["time"] for row in (*self.starts, *self.metrics, *self.evaluations) if "time" in row]
+
+    @property
     def rollouts(self) -> list[Path]:
         """Files of the sequences trained on, first step first."""
         return rollout_files(self.folder / "rollouts")

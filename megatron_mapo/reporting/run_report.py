@@ -16,7 +16,7 @@ from megatron_mapo.tracking import plots
 from megatron_mapo.tracking.jsonl import Row, read_rows
 from megatron_mapo.tracking.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 from megatron_mapo.tracking.progress import duration
-from megatron_mapo.tracking.rollouts import read_rollouts
+from megatron_mapo.tracking.rollouts import read_rollouts, step_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,7 @@ _COUNTED_EVENTS = {
     "rollout/retries": "failed requests",
 }
 _MOST_EVENTS = 200
+_BINS = 25
 
 Lines = Sequence[tuple[str, str, str]]
 
@@ -95,7 +96,7 @@ def _times(run: RunData) -> list[list[str]]:
     training = sum(row.get("seconds/step") or 0.0 for row in run.metrics)
     tokens = sum(response_tokens(row) for row in run.metrics)
     found = [["time in steps", duration(training)], ["response tokens", f"{tokens:,.0f}"]]
-    moments = [row["time"] for row in (*run.starts, *run.metrics, *run.evaluations) if "time" in row]
+    moments = run.moments
     if moments:
         begin = datetime.fromtimestamp(min(moments), UTC).isoformat(" ", "seconds")
         found.insert(0, ["from first to last sign", f"{duration(max(moments) - min(moments))}, from {begin}"])
@@ -187,7 +188,55 @@ def _advantages(run: RunData) -> Section:
         ("advantage/min", "smallest", RED),
     ]
     section.pictures += _present([_curves(run, "Advantage", lines)])
+    if run.rollouts:
+        section.text.append("Shares of responses are of those that were trained on (rollouts/).")
+        section.pictures += _sequence_histograms(run)
     return section
+
+
+def _sequence_histograms(run: RunData) -> list[Picture]:
+    """Rewards, advantages and lengths of the sequences trained on, over time."""
+    pictures = []
+    for name, title in {"reward": "Rewards", "advantage": "Advantages", "length": "Lengths (tokens)"}.items():
+        title += " of the responses"
+        steps, shares, edges = sequence_histogram(run, name)
+        paint = partial(
+            draw_heatmap, histogram=(steps, shares), title=title, span=(edges[0], edges[-1]), of="responses"
+        )
+        pictures.append(draw(paint, title))
+    return pictures
+
+
+def sequence_histogram(run: RunData, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A column of ``rollouts/`` over time.
+
+    Args:
+        run: with rollouts.
+        column: ``reward``, ``advantage`` or ``length``.
+
+    Returns:
+        steps ``[T]``, shares ``[bins, T]``, and ends of the bins ``[bins + 1]``.
+    """
+    values = [read_rollouts(file, [column])[column].to_numpy() for file in run.rollouts]
+    edges = histogram_edges(np.concatenate(values), whole=column == "length")
+    shares = np.stack([np.histogram(some, edges)[0] / len(some) for some in values], axis=1)
+    return np.array([step_of(file) for file in run.rollouts], dtype=float), shares, edges
+
+
+def histogram_edges(values: np.ndarray, whole: bool) -> np.ndarray:
+    """Ends of at most ``_BINS`` equal bins that hold all values.
+
+    Args:
+        values: at least one.
+        whole: they are whole numbers: every bin holds equally many of them.
+    """
+    low, high = float(values.min()), float(values.max())
+    if whole:
+        width = np.ceil((high - low + 1) / _BINS)
+        return low - 0.5 + width * np.arange(np.ceil((high - low + 1) / width) + 1)
+    # Bins around the ends, not beside them: they are values that many responses have.
+    half = (high - low) / (_BINS - 1) / 2 or 0.5
+    return np.linspace(low - half, high + half, _BINS + 1 if high > low else 2)
 
 
 def histogram(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -208,23 +257,50 @@ def histogram(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray] |
     return np.array([row["step"] for row in found], dtype=float), shares.T
 
 
-def draw_heatmap(figure: Figure, histogram: tuple[np.ndarray, np.ndarray], title: str) -> None:
-    """Shares of bins of [0, 1] over steps, as colours; ``histogram`` is what ``histogram`` returns."""
+def draw_heatmap(
+    figure: Figure,
+    histogram: tuple[np.ndarray, np.ndarray],
+    title: str,
+    span: tuple[float, float] = (0.0, 1.0),
+    of: str = "groups",
+) -> None:
+    """Shares of equal bins of ``span`` over steps, as colours; bins that nothing is in stay blank.
+
+    Args:
+        figure: to draw on.
+        histogram: what ``histogram`` returns; steps may be missing.
+        title: of the picture.
+        span: from the first bin's lower end to the last one's upper end.
+        of: what was counted.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     steps, shares = histogram
+    place = (steps - steps[0]).astype(int)
+    every = np.full((len(shares), place[-1] + 1), np.nan)
+    every[:, place] = np.where(shares > 0, shares, np.nan)
     axes = figure.subplots()
     axes.set_title(title)
-    edges = (steps[0] - 0.5, steps[-1] + 0.5, 0.0, 1.0)
+    edges = (steps[0] - 0.5, steps[-1] + 0.5, *span)
     image = axes.imshow(
-        shares, origin="lower", aspect="auto", extent=edges, cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
+        every, origin="lower", aspect="auto", extent=edges, cmap="viridis", vmin=0, interpolation="nearest"
     )
     axes.grid(False)
     axes.set_xlabel("step")
-    figure.colorbar(image, ax=axes, label="share of groups")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=span[1] - span[0] > 2, nbins=6))
+    figure.colorbar(image, ax=axes, label=f"share of {of}")
 
 
 def _timing(run: RunData) -> Section:
     section = Section("Time")
     section.pictures.append(_panel(run, lambda axes: plots.draw_seconds(axes, run.metrics), "Seconds per step"))
+    waterfalls = _waterfalls(run)
+    if waterfalls:
+        section.text.append(
+            "Phases stand at their place in the step; gaps, and the end up to the dotted line, are other."
+        )
+    section.pictures += waterfalls
     speed = [("speed/tokens_per_second", "all tokens", BLUE), ("speed/response_tokens_per_second", "response", ORANGE)]
     memory = [("memory/peak_gib", "", PURPLE)]
     section.pictures += _present(
@@ -245,6 +321,24 @@ def _timing(run: RunData) -> Section:
         ]
         section.tables.append(Table(["phase", "seconds", "a step", "share"], rows))
     return section
+
+
+def _waterfalls(run: RunData) -> list[Picture]:
+    """The phases of the median step and of the last one; none for runs that did not note when a phase began."""
+    rows = [row for row in run.metrics if row.get("seconds/step") and any(k.startswith("seconds_at/") for k in row)]
+    if not rows:
+        return []
+    median = sorted(rows, key=lambda row: row["seconds/step"])[(len(rows) - 1) // 2]
+    pictures = []
+    for name, row in (("median", median), ("last", rows[-1])):
+        title = f"Step {row['step']}, the {name} one: {row['seconds/step']:.3g} s"
+        pictures.append(draw(partial(_draw_waterfall, row=row, title=title), f"Phases of the {name} step"))
+    return pictures
+
+
+def _draw_waterfall(figure: Figure, row: Row, title: str) -> None:
+    figure.subplots_adjust(left=0.2)  # the phases' names
+    plots.draw_waterfall(figure.subplots(), row, title)
 
 
 def _mismatch(run: RunData) -> Section:
@@ -308,7 +402,10 @@ def _groups(run: RunData) -> Section:
     for row in rows:
         groups.setdefault((row["step"], row["group"]), []).append(row)
     first, last = min(groups)[0], max(groups)[0]
-    section.text.append(f"From {source}, steps {first} to {last}; at most {_RESPONSES} responses of a group.")
+    section.text.append(
+        f"Best and worst of the last {_GROUP_STEPS} steps only (here {first} to {last}), not of the whole run; from "
+        f"{source}, at most {_RESPONSES} responses of a group."
+    )
 
     def mean(key: tuple[int, int], name: str) -> float:
         return float(np.mean([abs(row[name]) if name == "advantage" else row[name] for row in groups[key]]))

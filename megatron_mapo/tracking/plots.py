@@ -242,7 +242,7 @@ def draw_lengths(axes: Axes, rows: Sequence[Row]) -> None:
     if len(low[0]) and len(low[0]) == len(high[0]):
         axes.fill_between(low[0], low[1], high[1], color=ORANGE, alpha=0.12, linewidth=0, label="shortest to longest")
     draw_curve(axes, *series(rows, "response/length_mean"), "mean", ORANGE)
-    axes.set_ylim(bottom=0)
+    _room_for_legend(axes)
 
 
 def draw_shares(axes: Axes, rows: Sequence[Row]) -> None:
@@ -293,7 +293,30 @@ def draw_seconds(axes: Axes, rows: Sequence[Row]) -> None:
             axes.bar(steps, layer, bottom=bottom, width=0.5, color=colour, label=label)
     else:
         axes.stackplot(steps, *layers, labels=labels, colors=colours, linewidth=0)
-    axes.set_ylim(bottom=0)
+    _room_for_legend(axes)
+
+
+def _room_for_legend(axes: Axes) -> None:
+    """From 0 on, and free above what is filled."""
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+
+
+def draw_waterfall(axes: Axes, row: Row, title: str) -> None:
+    """The phases of one step, one below the other in their order, from their start to their end."""
+    starts = {name.removeprefix("seconds_at/"): row[name] for name in row if name.startswith("seconds_at/")}
+    phases = sorted((phase for phase in starts if row.get(f"seconds/{phase}") is not None), key=lambda p: starts[p])
+    total = row["seconds/step"]
+    axes.set_title(title)
+    for place, phase in enumerate(phases):
+        begin, seconds = starts[phase], row[f"seconds/{phase}"]
+        axes.barh(place, seconds, left=begin, height=0.6, color=_PHASE_COLOURS.get(phase, RED))
+        axes.text(begin + seconds + 0.015 * total, place, f"{seconds:.3g} s", va="center", fontsize=8)
+    axes.axvline(total, color=GREY, linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(phases)), [phase.replace("_", " ") for phase in phases])
+    axes.set_ylim(len(phases) - 0.4, -0.6)
+    axes.set_xlim(0, 1.15 * total)
+    axes.set_xlabel("seconds since the step began")
+    axes.grid(axis="y", visible=False)
 
 
 def say_in_panel(axes: Axes, text: str) -> None:
@@ -311,4 +334,4 @@ def finish_panel(axes: Axes, rows: Sequence[Row], evaluations: Sequence[Row]) ->
     labels = [label for label in axes.get_legend_handles_labels()[1] if label]
     if len(labels) > 1:
         # "best" would search all points of a stack for a place.
-        axes.legend(loc="upper right" if axes.collections else "best")
+        axes.legend(loc="upper right" if axes.collections else "best", ncols=1 if len(labels) < 4 else 2)

@@ -60,6 +60,11 @@ def test_every_step_logs_what_makes_the_numbers_trustworthy(straight: Path) -> N
         assert not [name for name in LOGGED if row.get(name) is None]
         assert 0 < row["mismatch/abs_max"] < 1e-3
         assert row["staleness/max"] == 0
+        phases = ("rollout", "update", "weight_sync")
+        ends = [row[f"seconds_at/{name}"] + row[f"seconds/{name}"] for name in phases]
+        # Rounded to a ten-thousandth.
+        assert all(row[f"seconds_at/{name}"] >= end - 2e-4 for name, end in zip(phases, [0, *ends], strict=False))
+        assert ends[-1] <= row["seconds/step"] + 2e-4
     assert any(row["optim/grad_norm"] > 0 for row in table)
 
 

@@ -16,7 +16,7 @@ from megatron_mapo.algorithms.metrics import rollout_metrics
 from megatron_mapo.config import KLEstimator, load_config
 from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch
 from megatron_mapo.errors import ConfigError
-from megatron_mapo.train import Trainer
+from megatron_mapo.train import Clock, Trainer
 
 NEEDED = ["model.path=m", "data.train=d.jsonl"]
 RATES = """
@@ -119,3 +119,13 @@ def test_what_keep_best_compares_is_known_before_training(
         Trainer._check_best_metric(trainer, extracts)
     config.trainer.keep_best = False
     Trainer._check_best_metric(trainer, extracts)
+
+
+def test_a_phase_starts_when_it_begins_first_and_after_those_before_it() -> None:
+    runtime, watchdog = SimpleNamespace(synchronize=lambda: None), SimpleNamespace(phase=lambda name: nullcontext())
+    clock = Clock(runtime, watchdog)  # type: ignore[arg-type]
+    for name in ("rollout", "update", "rollout"):
+        with clock.phase(name):
+            pass
+    assert list(clock.starts) == list(clock.seconds) == ["rollout", "update"]
+    assert 0 <= clock.starts["rollout"] < clock.starts["update"]

@@ -45,6 +45,31 @@ class TestStudent:
         assert student_t_cdf(x, 1) == pytest.approx(0.5 + math.atan(x) / math.pi, abs=1e-12)
         assert student_t_cdf(x, 2) == pytest.approx(0.5 + x / (2 * math.sqrt(2 + x * x)), abs=1e-12)
 
+    @pytest.mark.parametrize("x", [-12.5, -0.7, 0.1, 1.0, 3.182446, 40.0])
+    def test_closed_forms_for_three_to_five_degrees_of_freedom(self, x):
+        """Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+        three, four, five = 1 + x * x / 3, 1 + x * x / 4, 1 + x * x / 5
+        root3, root5 = math.sqrt(3), math.sqrt(5)
+        expected = {
+            3: 0.5 + (x / (root3 * three) + math.atan(x / root3)) / math.pi,
+            4: 0.5 + 3 / 8 * x / math.sqrt(four) * (1 - x * x / (12 * four)),
+            5: 0.5 + (x / (root5 * five) * (1 + 2 / (3 * five)) + math.atan(x / root5)) / math.pi,
+        }
+        for freedom, value in expected.items():
+            assert student_t_cdf(x, freedom) == pytest.approx(value, abs=1e-13)
+
+    @pytest.mark.parametrize(
+        ("probability", "values"),
+        [
+            (0.95, (2.919985580, 2.353363435, 2.131846786, 2.015048373)),
+            (0.975, (4.302652730, 3.182446305, 2.776445105, 2.570581836)),
+            (0.995, (9.924843201, 5.840909310, 4.604094871, 4.032142984)),
+        ],
+    )
+    def test_quantiles_of_a_few_seeds_have_ten_digits(self, probability, values):
+        for freedom, value in zip((2, 3, 4, 5), values, strict=True):
+            assert student_t_quantile(probability, freedom) == pytest.approx(value, abs=1e-9)
+
     def test_fractional_degrees_of_freedom_agree_with_samples(self):
         torch.manual_seed(0)
         draws = torch.distributions.StudentT(2.7).sample((400_000,))

@@ -66,6 +66,8 @@ def log_step(tracker: Tracker, config: Config, step: int, batch: SequenceBatch, 
     metrics |= {
         "seconds/rollout": 2.0,
         "seconds/update": 1.0,
+        "seconds_at/rollout": 0.25,
+        "seconds_at/update": 2.5,
         "seconds/step": 4.0,
         "servers/restarts": float(step == 3),
     }

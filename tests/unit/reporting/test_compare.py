@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from megatron_mapo.reporting.analysis import (
     training_accuracy,
 )
 from megatron_mapo.reporting.arms import Study, collect, differences, label_of, pass_tables
+from megatron_mapo.reporting.comparison_report import _target, analyse
 from megatron_mapo.reporting.run_data import load_run
 from megatron_mapo.tracking.jsonl import read_rows
 
@@ -128,6 +130,18 @@ class TestVerdicts:
         assert found.contrasts[0].adjusted is None
         assert "nothing follows about other seeds" in found.contrasts[0].verdict
 
+    def test_two_seeds_are_too_few_for_a_verdict(self, runs, tmp_path):
+        """However clear the difference is: seeds 0 and 1 of two configurations that three seeds tell apart."""
+        folders = [*runs["grpo"][:2], *runs["mapo"][:2]]
+        found, _ = final_pass(collect(folders, None))
+        assert found.contrasts[0].estimate.p_value < 0.05
+        assert found.contrasts[0].adjusted is None
+        assert found.contrasts[0].verdict == "no verdict: 2 seeds each are too few for one, it takes at least 3"
+        assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *map(str, folders)]) == 0
+        text = (tmp_path / "out/report.md").read_text()
+        assert found.contrasts[0].verdict in text
+        assert "| not tested | not tested |" in text
+
     def test_holm_can_take_a_finding_back(self, runs):
         study = study_of(runs, "grpo", "mapo", "idle")
         generator = np.random.default_rng(0)
@@ -190,6 +204,16 @@ class TestNumbers:
         assert reaching(run, mean, held_out=False) == Reaching(5.0, 15_000.0)
         assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *map(str, [*runs["idle"], *copies])]) == 0
         assert "| 21,000 |" in (tmp_path / "out/report.md").read_text()
+
+    def test_the_median_is_that_of_a_run_where_half_of_them_reach_the_target(self, runs):
+        results = analyse(study_of(runs, "grpo", "mapo"), 0.5)
+        there = [Reaching(30.0, 3000.0), Reaching(10.0, 1000.0)]
+        reached = {"a": [*there, *[Reaching(None, None)] * 2], "b": [there[0], *[Reaching(None, None)] * 2]}
+        table = _target(dataclasses.replace(results, reached={"training accuracy": reached})).tables[0]
+        assert table.rows == [
+            ["a, training accuracy", "2 of 4", "30", "3,000"],
+            ["b, training accuracy", "1 of 3", "never", "never"],
+        ]
 
     def test_advantages_by_success_rate_are_those_of_the_formula(self, runs):
         import torch

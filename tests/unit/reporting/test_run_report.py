@@ -7,17 +7,22 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_runs import QUIET, log_step, make_run, run_config, sample
+from matplotlib.figure import Figure
 
 from megatron_mapo.cli import main
 from megatron_mapo.config import TrackingConfig
 from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.reporting.run_data import load_run
-from megatron_mapo.reporting.run_report import histogram, report
+from megatron_mapo.reporting.run_report import draw_heatmap, histogram, histogram_edges, report, sequence_histogram
 from megatron_mapo.tracking import Tracker
+from megatron_mapo.tracking.plots import draw_waterfall
+from megatron_mapo.tracking.rollouts import read_rollouts
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} \" ' & $x_1$ \x00\x1b[31m"
 
@@ -65,6 +70,7 @@ class TestContent:
             assert text in page.text
         for text in ("1 updates skipped", "1 servers that came back", "trainers started"):
             assert text in page.text
+        assert "Best and worst of the last 10 steps only (here 1 to 6), not of the whole run" in page.text
         assert "actor.optim.lr" in page.text
         expected = {
             *("Reward of the rollouts", "Held-out accuracy", "Response length", "Loss", "Gradient norm"),
@@ -75,6 +81,8 @@ class TestContent:
                 "Success rate p of the groups",
             ),
             *("λ of the groups", "Advantage", "Seconds per step", "Mismatch", "KL(server || trainer) (nat per token)"),
+            *("Rewards of the responses", "Advantages of the responses", "Lengths (tokens) of the responses"),
+            *("Phases of the median step", "Phases of the last step"),
         }
         assert expected <= page.pictures().keys()
 
@@ -98,6 +106,41 @@ class TestContent:
         assert shares[4, 2] == rows[2]["group/p_hist_04"]
         assert histogram(rows, "no/such") is None
 
+    @pytest.mark.parametrize("column", ["reward", "advantage", "length"])
+    def test_histograms_of_the_sequences_count_those_of_every_step(self, column, run):
+        steps, shares, edges = sequence_histogram(load_run(run), column)
+        assert steps.tolist() == [1, 2, 3, 4, 5, 6]
+        assert shares.sum(0) == pytest.approx(1.0)
+        values = read_rollouts(run / "rollouts/step_000003.parquet", [column])[column].to_pylist()
+        inside = [sum(low <= value < high for value in values) / len(values) for low, high in pairwise(edges)]
+        assert shares[:, 2] == pytest.approx(inside)
+
+    @pytest.mark.parametrize(("longest", "width"), [(3, 1), (27, 1), (28, 2), (52, 2), (53, 3)])
+    def test_bins_of_lengths_hold_equally_many_lengths(self, longest, width):
+        edges = histogram_edges(np.array([3, longest]), whole=True)
+        assert edges[0] == 2.5
+        assert set(np.diff(edges)) == {width}
+        assert edges[-2] < longest < edges[-1]
+
+    def test_bins_of_a_single_value(self):
+        assert histogram_edges(np.array([1.0, 1.0]), whole=False).tolist() == [0.5, 1.5]
+
+    def test_missing_steps_stay_blank(self):
+        figure = Figure()
+        draw_heatmap(figure, (np.array([2.0, 5.0]), np.array([[0.25, 1.0], [0.75, 0.0]])), "x")
+        (image,) = figure.axes[0].images
+        assert image.get_array().filled(-1).tolist() == [[0.25, -1, -1, 1.0], [0.75, -1, -1, -1]]
+        assert list(image.get_extent()) == [1.5, 5.5, 0, 1]
+
+    def test_phases_stand_where_they_were_in_the_step(self, html):
+        row = {"seconds_at/update": 2.5, "seconds_at/rollout": 0.25, "seconds/rollout": 2.0, "seconds/update": 1.0}
+        axes = Figure().subplots()
+        draw_waterfall(axes, {"step": 3, "seconds/step": 4.0, **row}, "x")
+        assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0.25, 2.0), (2.5, 1.0)]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["rollout", "update"]
+        svg = ElementTree.tostring(Document(html).pictures()["Phases of the last step"], "unicode")
+        assert "Step 6, the last one: 4 s" in svg
+
 
 class TestStates:
     def test_a_run_that_has_just_begun(self, run, tmp_path):
@@ -116,8 +159,6 @@ class TestStates:
         assert "Held-out accuracy" not in page.pictures()
 
     def test_a_resumed_run_has_each_step_once(self, tmp_path):
-        import numpy as np
-
         folder = make_run(tmp_path / "resumed", steps=4)
         config = run_config(folder)
         tracker = Tracker(folder, QUIET, 6, 2)
@@ -134,10 +175,15 @@ class TestStates:
         shutil.copytree(run, tmp_path / "old")
         shutil.rmtree(tmp_path / "old/rollouts")
         (tmp_path / "old/starts.jsonl").unlink()
+        metrics = tmp_path / "old/metrics.jsonl"
+        metrics.write_text(re.sub(r'"seconds_at/[^,]*, ', "", metrics.read_text()))
         page = page_of(tmp_path / "old")
         assert "samples.jsonl (parts of groups)" in page.text
         assert "as seen" in page.text
         assert "not recorded" in page.text
+        shown = page.pictures().keys()
+        assert "Seconds per step" in shown
+        assert not [alt for alt in shown if alt.startswith("Phases of") or alt.endswith("of the responses")]
 
     def test_metrics_that_are_not_finite(self, tmp_path):
         folder = make_run(tmp_path / "nan", steps=1)
