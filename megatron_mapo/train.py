@@ -284,8 +284,9 @@ class Trainer:
                 self.train_step()
                 self.checkpointer.poll()
             last = self.step == settings.steps
-            # Before the checkpoint: it holds the score.
-            score = self._score(self.evaluate()) if self._evaluation_due() else None
+            # Before the checkpoint: it holds the score. A run that is to end leaves its evaluation to the next start.
+            due = self._evaluation_due() and (last or not preemption.requested(self.runtime))
+            score = self._score(self.evaluate()) if due else None
             stop = not last and preemption.requested(self.runtime)
             if last or stop or (settings.save_interval and self.step % settings.save_interval == 0):
                 self.save(score)

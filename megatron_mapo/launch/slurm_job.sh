@@ -8,7 +8,8 @@
 #   MAPO_SERVER_NODES       nodes with servers (disaggregated)
 #   MAPO_TRAINERS_PER_NODE  trainer ranks of a node
 #   MAPO_RESTARTS           how often trainers that crashed are started again within the job
-#   MAPO_TRAIN_PYTHON, MAPO_SERVE_PYTHON  interpreters, as the nodes (or the container) see them
+#   MAPO_TRAIN_PYTHON, MAPO_SERVE_PYTHON  interpreters, as the nodes (or the container) see them; empty: the checkout's
+#                           .venv if it has one, python3 otherwise and in a container
 #   MAPO_CONTAINER          empty, pyxis:IMAGE or apptainer:IMAGE
 #   MAPO_WORKDIR            folder that relative paths of the run start from; empty: MAPO_REPO
 #   MAPO_MOUNTS             mounts of the container, SOURCE:TARGET separated by commas
@@ -20,6 +21,7 @@ MAPO_ASKED=       # the signal that asked this job to end
 MAPO_BEGUN=       # set once trainers were started
 MAPO_SERVERS_PID=
 MAPO_TRAINERS_PID=
+MAPO_TEE_PID= # writes job.log
 
 mapo_say() { printf '%(%FT%T)T %s\n' -1 "$*"; }
 
@@ -31,8 +33,8 @@ mapo_fail() { # EXIT_CODE TEXT
 # ------------------------------------------------------------------------------------------------------- settings
 
 mapo_settings() {
-  local python=$MAPO_REPO/.venv/bin/python
-  [ -x "$python" ] || python=python3
+  local python=${MAPO_REPO:-}/.venv/bin/python
+  if [ -n "${MAPO_CONTAINER:-}" ] || [ ! -x "$python" ]; then python=python3; fi
   : "${MAPO_LAYOUT:=disaggregated}" "${MAPO_SERVER_NODES:=1}" "${MAPO_TRAINERS_PER_NODE:=1}" "${MAPO_RESTARTS:=0}"
   : "${MAPO_TRAIN_PYTHON:=$python}" "${MAPO_SERVE_PYTHON:=$MAPO_TRAIN_PYTHON}" "${MAPO_CONTAINER:=}" "${MAPO_MOUNTS:=}"
   export MAPO_INTERFACE=${MAPO_INTERFACE:-}
@@ -100,25 +102,34 @@ mapo_step() {
 
 # Reads the configuration on the first trainer node, with the trainers' interpreter. Sets MAPO_LOGS.
 mapo_check() {
-  local ranks out
+  local ranks out code
   ranks=$(($(wc -w <<<"$TRAINER_NODES") * MAPO_TRAINERS_PER_NODE))
   out=$(mapo_step "${TRAINER_NODES%% *}" 1 "${TRAINER_GROUP[@]}" -- "$MAPO_TRAIN_PYTHON" -m "$MAPO_TASK" \
-    check --ranks "$ranks" -- "${MAPO_RUN[@]}") || exit $?
+    check --ranks "$ranks" -- "${MAPO_RUN[@]}") || {
+    code=$?
+    mapo_heed
+    exit "$code"
+  }
   MAPO_LOGS=${out##*$'\n'}/logs/slurm-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
   mkdir -p "$MAPO_LOGS" || exit 2
   exec > >(mapo_tee job.log) 2>&1
+  MAPO_TEE_PID=$!
 }
 
 mapo_start_servers() {
   local skip=0
   [ -z "${SLURM_HET_SIZE:-}" ] && [ "$MAPO_LAYOUT" = colocated ] && skip=$MAPO_TRAINERS_PER_NODE
   mapo_say "starting servers on $SERVER_NODES"
-  : >"$MAPO_LOGS/servers.log"
-  mapo_step "$SERVER_NODES" 1 "${SERVER_GROUP[@]}" --label --kill-on-bad-exit=1 -- \
+  MAPO_SERVERS_FROM=$(($(cat "$MAPO_LOGS/servers.log" 2>/dev/null | wc -c) + 1))
+  # The servers of one node may end without the others'.
+  mapo_step "$SERVER_NODES" 1 "${SERVER_GROUP[@]}" --label --kill-on-bad-exit=0 --wait=0 -- \
     "$MAPO_SERVE_PYTHON" -m "$MAPO_TASK" serve --logs "$MAPO_LOGS" --trainers "$skip" -- "${MAPO_RUN[@]}" \
     >>"$MAPO_LOGS/servers.log" 2>&1 &
   MAPO_SERVERS_PID=$!
 }
+
+# What the servers that were started last have printed.
+mapo_servers_said() { tail -c "+$MAPO_SERVERS_FROM" "$MAPO_LOGS/servers.log"; }
 
 # Slurm's signals go to every process of the script too; what is said afterwards must still arrive.
 mapo_tee() {
@@ -133,10 +144,11 @@ mapo_wait_for_servers() {
   local nodes urls said=$SECONDS
   nodes=$(wc -w <<<"$SERVER_NODES")
   while :; do
-    urls=$(sed -n 's/^[0-9 ]*: *rollout\.urls=\[\(.*\)\]$/\1/p' "$MAPO_LOGS/servers.log")
+    mapo_heed
+    urls=$(mapo_servers_said | sed -n 's/^[0-9 ]*: *rollout\.urls=\[\(.*\)\]$/\1/p')
     [ "$(grep -c . <<<"$urls")" -ge "$nodes" ] && break
-    [ -z "$MAPO_ASKED" ] || mapo_give_up
-    if ! mapo_alive "$MAPO_SERVERS_PID"; then
+    # srun goes on while any node's servers do, and names a task that ended: `n3: task 1: Exited with exit code 5`.
+    if ! mapo_alive "$MAPO_SERVERS_PID" || mapo_servers_said | grep -q '^srun: error: .*: tasks\? [0-9,-]*: '; then
       tail -n 30 "$MAPO_LOGS/servers.log"
       mapo_fail 5 "the servers did not come up; see above and $MAPO_LOGS"
     fi
@@ -156,8 +168,9 @@ mapo_nap() {
   wait $!
 }
 
-# One life of the trainers. Sets MAPO_CODE: their exit code, or 5 if the servers ended first.
+# One life of the trainers. Sets MAPO_CODE: their exit code.
 mapo_train() { # ATTEMPT
+  local passed_on=-5
   mapo_say "starting $MAPO_TRAINERS_PER_NODE trainer rank(s) a node on $TRAINER_NODES"
   # Others get a minute after the first rank has ended: the one that knows the reason is not always the first.
   mapo_step "$TRAINER_NODES" "$MAPO_TRAINERS_PER_NODE" "${TRAINER_GROUP[@]}" --label --kill-on-bad-exit=0 --wait=60 -- \
@@ -166,14 +179,19 @@ mapo_train() { # ATTEMPT
     > >(mapo_tee trainers.log) 2>&1 &
   MAPO_TRAINERS_PID=$!
   MAPO_BEGUN=1
-  while mapo_alive "$MAPO_TRAINERS_PID" && mapo_alive "$MAPO_SERVERS_PID"; do mapo_nap; done
-  if mapo_alive "$MAPO_TRAINERS_PID"; then
-    tail -n 30 "$MAPO_LOGS/servers.log"
-    mapo_say "the servers ended; ending the trainers"
-    mapo_end MAPO_TRAINERS_PID
-    MAPO_CODE=5
-    return
-  fi
+  while mapo_alive "$MAPO_TRAINERS_PID"; do
+    if [ -n "$MAPO_SERVERS_PID" ] && ! mapo_alive "$MAPO_SERVERS_PID"; then
+      MAPO_SERVERS_PID=
+      tail -n 30 "$MAPO_LOGS/servers.log"
+      mapo_say "the servers ended; waiting for the trainers to save and end (rollout.wait_timeout)"
+    fi
+    # More than once: srun has no use for a signal while it starts the tasks.
+    if [ -n "$MAPO_ASKED" ] && [ $((SECONDS - passed_on)) -ge 5 ]; then
+      passed_on=$SECONDS
+      mapo_pass_on
+    fi
+    mapo_nap
+  done
   wait "$MAPO_TRAINERS_PID"
   MAPO_CODE=$?
   MAPO_TRAINERS_PID=
@@ -185,9 +203,16 @@ mapo_train() { # ATTEMPT
 mapo_on_signal() { # NAME
   MAPO_ASKED=$1
   mapo_say "SIG$1: asking the trainers to save and end after this step"
-  # srun passes it on to every rank, with or without a controller. A rank that is still starting gets it later.
+  mapo_pass_on
+}
+
+# srun passes it on to every rank, with or without a controller.
+mapo_pass_on() {
   if mapo_alive "$MAPO_TRAINERS_PID"; then kill -USR1 "$MAPO_TRAINERS_PID"; fi
 }
+
+# Where no trainers run to be asked.
+mapo_heed() { [ -z "$MAPO_ASKED" ] || mapo_give_up; }
 
 # mapo_end VARIABLE: end the job step whose srun it names. SIGTERM makes srun kill all of its tasks.
 mapo_end() {
@@ -209,9 +234,20 @@ mapo_cleanup() {
   mapo_end MAPO_SERVERS_PID
 }
 
+# Whatever way the script ends. Slurm ends what it leaves behind; the last words must be in job.log by then.
+mapo_leave() {
+  local i
+  mapo_cleanup
+  exec >&- 2>&-
+  for ((i = 0; i < 100; i++)); do
+    mapo_alive "$MAPO_TEE_PID" || break
+    sleep 0.1
+  done
+}
+
 # A job whose warning comes before it has begun would go round in circles: two such starts in a row are an error.
 mapo_check_progress() {
-  [ -z "$MAPO_BEGUN" ] && [ "$MAPO_ASKED" = USR1 ] || return 0
+  [ -n "${MAPO_LOGS:-}" ] && [ -z "$MAPO_BEGUN" ] && [ "$MAPO_ASKED" = USR1 ] || return 0
   : >"$MAPO_LOGS/ended-before-training"
   if [ -e "${MAPO_LOGS%.*}.$((${SLURM_RESTART_COUNT:-0} - 1))/ended-before-training" ]; then
     mapo_fail 1 "twice in a row this job was asked to end before training began: --time must be longer than the lead of \
@@ -221,7 +257,7 @@ mapo_check_progress() {
 
 # The job was asked to end. It goes back to the queue unless Slurm is already ending it.
 mapo_give_up() {
-  local state told=
+  local state told= refused=0
   mapo_cleanup
   while :; do
     state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p;T;q')
@@ -229,6 +265,9 @@ mapo_give_up() {
       RUNNING)
         mapo_check_progress
         scontrol requeue "$SLURM_JOB_ID" && break
+        refused=$((refused + 1))
+        [ "$refused" -lt 5 ] || mapo_fail "$MAPO_PREEMPTED" "Slurm does not requeue this job (JobRequeue of slurm.conf, \
+--no-requeue): submit it again, and it goes on from the last checkpoint"
         ;;
       '') [ -n "$told" ] || mapo_say "the Slurm controller does not answer; waiting to requeue" ;;
       *) exit "$MAPO_PREEMPTED" ;; # cancelled, timed out, or requeued by somebody else
@@ -241,8 +280,8 @@ mapo_give_up() {
   exit "$MAPO_PREEMPTED"
 }
 
-# Whether starting the trainers again may help: they crashed or lost a server; the configuration was fine.
-mapo_may_retry() { [ "$1" -eq 1 ] || [ "$1" -eq 5 ] || [ "$1" -eq 6 ] || [ "$1" -ge 128 ]; }
+# Whether starting the trainers again may help: they crashed, lost a server or hung; the configuration was fine.
+mapo_may_retry() { [[ $1 =~ ^(1|5|6|12)$ ]] || [ "$1" -ge 128 ]; }
 
 # Whether all of these nodes still start processes: mapo_answers NODES SRUN_FLAG...
 mapo_answers() {
@@ -276,7 +315,7 @@ mapo_run() { # section.key=value...
   mapo_nodes
   trap 'mapo_on_signal USR1' USR1
   trap 'mapo_on_signal TERM' TERM
-  trap mapo_cleanup EXIT
+  trap mapo_leave EXIT
   MAPO_RUN=(${MAPO_CONFIG:+--config "$MAPO_CONFIG"} "$@")
   mapo_say "job $SLURM_JOB_ID: reading the configuration ${MAPO_RUN[*]}"
   mapo_check
@@ -287,11 +326,13 @@ mapo_run() { # section.key=value...
       mapo_start_servers
       mapo_wait_for_servers
     fi
+    mapo_heed
     mapo_train "$attempt"
     [ "$MAPO_CODE" -ne 0 ] || break
     if [ -n "$MAPO_ASKED" ] || [ "$MAPO_CODE" -eq "$MAPO_PREEMPTED" ]; then mapo_give_up; fi
     mapo_may_retry "$MAPO_CODE" || break
     mapo_await_nodes
+    mapo_heed
     [ "$attempt" -lt "$MAPO_RESTARTS" ] || break
     mapo_say "starting the trainers again from the last checkpoint ($((attempt + 1)) of $MAPO_RESTARTS)"
   done

@@ -6,7 +6,7 @@ trainer rank. Nothing is derived from ranks: a node's address is the one that it
 is one that was free when it was asked for, and rank 0 tells the others both through a file in the run folder.
 
 It blocks the signals of ``preemption``, which Slurm sends to every process of a step: only the trainers' ranks look
-at them, at the end of a step. Servers go on until the job script ends them.
+at them, at the end of a step; one that comes earlier stays pending. Servers go on until the job script ends them.
 """
 
 from __future__ import annotations
@@ -174,12 +174,12 @@ def _this_node() -> str:
 
 
 def _become(module: str, *arguments: str) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 def main(argv: list[str]) -> int:
     """Run one role: its arguments, ``--``, and those of the run (a configuration and overrides)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     split = argv.index("--")
     rest = argv[split + 1 :]
     parser = argparse.ArgumentParser(prog="slurm_task")

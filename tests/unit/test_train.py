@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,10 @@ def scored_batch() -> SequenceBatch:
     batch = SequenceBatch.from_responses([[1]] * 8, [[2] * n for n in range(1, 9)], rewards=rewards, group_ids=ids)
     batch.extra[RIGHT] = batch.rewards >= 0.5
     return batch
+
+
+from megatron_mapo import preemption
+from megatron_mapo.errors import Preempted
 
 
 @pytest.mark.parametrize(("groups", "updates"), [(1, 1), (2, 2), (3, 3), (7, 3)])
@@ -129,3 +134,65 @@ def test_a_phase_starts_when_it_begins_first_and_after_those_before_it() -> None
             pass
     assert list(clock.starts) == list(clock.seconds) == ["rollout", "update"]
     assert 0 <= clock.starts["rollout"] < clock.starts["update"]
+
+
+class Loop(Trainer):
+    """``Trainer.run`` around steps that do nothing; ``asked`` is where the run gets a signal."""
+
+    def __init__(self, step: int, asked: str) -> None:
+        settings = ["model.path=m", "data.train=d.jsonl", "data.eval=e.jsonl", "trainer.steps=4"]
+        self.config = load_config(
+            None, [*settings, "trainer.evaluation.interval=2", "trainer.evaluation.at_start=false"]
+        )
+        self.step, self.asked, self.did = step, asked, []
+        self.runtime: Any = SimpleNamespace(gather=lambda value: [value], is_main=True, broadcast=lambda value: value)
+        self.watchdog: Any = SimpleNamespace(phase=lambda name: nullcontext())
+        self.checkpointer: Any = SimpleNamespace(poll=lambda: None, wait=lambda: None)
+        self.tracker: Any = SimpleNamespace(evaluated=lambda step: False)
+
+    def _do(self, what: str) -> None:
+        self.did.append(f"{what} {self.step}")
+        if self.did[-1] == self.asked:
+            signal.raise_signal(signal.SIGUSR1)
+
+    def sync_weights(self) -> None:
+        """There are no servers."""
+
+    def train_step(self) -> None:
+        self.step += 1
+        self._do("step")
+
+    def evaluate(self) -> dict[str, float]:
+        self._do("evaluate")
+        return {}
+
+    def save(self, score: float | None = None) -> None:
+        self._do("save")
+
+
+@pytest.mark.parametrize(
+    ("asked", "did"),
+    [
+        ("step 1", ["step 1", "save 1"]),
+        ("step 2", ["step 1", "step 2", "save 2"]),
+        ("evaluate 2", ["step 1", "step 2", "evaluate 2", "save 2"]),
+    ],
+)
+def test_a_signal_goes_before_a_due_evaluation(asked: str, did: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    monkeypatch.setattr(preemption, "_received", set())
+    preemption.install()
+    try:
+        loop = Loop(0, asked)
+        with pytest.raises(Preempted, match=f"saved after step {asked[-1]}"):
+            loop.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert loop.did == did
+
+
+def test_the_next_start_makes_up_for_an_evaluation() -> None:
+    loop = Loop(2, "")
+    loop.run()
+    assert loop.did == ["evaluate 2", "step 3", "step 4", "evaluate 4", "save 4"]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from tiny_models import make_tiny_model
 
-from megatron_mapo.config import Config, load_config
+from megatron_mapo import cli
+from megatron_mapo.config import Config, load_config, to_yaml
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.launch import slurm, slurm_task
 from megatron_mapo.launch.environment import interface_of
 from megatron_mapo.launch.slurm import SlurmJob
+from megatron_mapo.preemption import SIGNALS
 
 
 def test_the_address_is_the_one_towards_another_node() -> None:
@@ -82,6 +87,22 @@ def test_a_signal_that_a_launcher_has_blocked_is_seen_and_kills_nobody() -> None
     command = [sys.executable, "-u", "-c", BLOCKED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["False", "alive", "True"], done.stderr
+
+
+def test_a_task_that_waits_for_rank_0_keeps_its_signals_for_later(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_mapo.launch.slurm_task", "train", "--per-node=1"]
+    task = {"MAPO_NODES": "n1", "SLURMD_NODENAME": "n1", "SLURM_PROCID": "1"}
+    with subprocess.Popen([*command, "--rendezvous", str(tmp_path / "none"), "--"], env=os.environ | task) as process:
+        try:
+            wanted, blocked, deadline = sum(1 << number - 1 for number in SIGNALS), 0, time.monotonic() + 120
+            while blocked & wanted != wanted and time.monotonic() < deadline:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                blocked = int(re.findall(r"SigBlk:\s*(\w+)", status)[0], 16)
+                time.sleep(0.1)
+            assert process.poll() is None
+        finally:
+            process.kill()
+    assert blocked & wanted == wanted
 
 
 @pytest.fixture
@@ -167,6 +188,35 @@ def test_a_step_in_apptainer_is_its_exec_with_the_gpus(tmp_path: Path) -> None:
     assert found[first:] == [*inside, "/images/mapo.sif", *COMMAND]
     assert set(ON_NODES) <= set(found[:first])
     assert not any(word.startswith("--container") for word in found)
+
+
+def test_a_dry_run_prints_the_script_and_submits_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sbatch, submitted = tmp_path / "sbatch", tmp_path / "submitted"
+    sbatch.write_text(f"#!/bin/sh\ntouch {submitted}\necho 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    command = [
+        "launch",
+        "slurm",
+        "--config",
+        str(tmp_path / "run.yaml"),
+        "--nodes=3",
+        "--partition=gpu",
+        "--account=me",
+    ]
+    assert cli.main([*command, "--dry-run", "trainer.steps=2"]) == 0
+    script = capfd.readouterr().out
+    assert script.startswith("#!/usr/bin/env bash\n")
+    assert {"#SBATCH --nodes=3", "#SBATCH --partition=gpu", "#SBATCH --account=me"} <= set(script.splitlines())
+    assert script.splitlines()[-1] == "mapo_run trainer.steps=2"
+    assert not submitted.exists()
+    assert not config.run_dir.exists()
+    assert cli.main([*command, "trainer.steps=2"]) == 0
+    assert submitted.exists()
+    assert (config.run_dir / "logs/slurm_job.sh").read_text() == script
 
 
 def test_no_sbatch_is_an_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
