@@ -165,6 +165,11 @@ GARBAGE = [
     "[]",
     '[{"output_ids": [1, 2]}, 7, null, {}]',
     '[{"output_ids": ["a"], "meta_info": {}}]',
+    "[" * 200_000,
+    "9" * 5_000,
+    '["\\ud800"]',
+    f'[{{"output_ids": [{10**400}], "meta_info": {{}}}}]',
+    '[{"output_ids": [Infinity], "meta_info": {"weight_version": Infinity}}]',
 ]
 
 
