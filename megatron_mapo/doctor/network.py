@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
 import subprocess
 import urllib.error
@@ -12,7 +13,7 @@ from megatron_mapo.config import Config
 from megatron_mapo.doctor.finding import Finding, failure, ok, warning
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.rollout.client import read_api_key
-from megatron_mapo.rollout.server import choose_ports, is_loopback
+from megatron_mapo.rollout.server import DIRECT, choose_ports, is_loopback
 
 _SECONDS = 10
 
@@ -53,15 +54,13 @@ def _answers(url: str, key: str | None) -> Finding:
     request = urllib.request.Request(f"{url}/model_info")
     if key is not None:
         request.add_header("Authorization", f"Bearer {key}")
-    # As the trainers do: no proxy stands between them and their servers.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=_SECONDS):
+        with DIRECT.open(request, timeout=_SECONDS):
             return ok("rollout.urls", f"{url} answers")
     except urllib.error.HTTPError as error:
         fix = "set MAPO_API_KEY or rollout.api_key_file to the server's key"
         return failure("rollout.urls", f"{url}: status {error.code}", fix)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         return failure("rollout.urls", f"{url} does not answer: {error}", "megatron-mapo serve --config FILE")
 
 
