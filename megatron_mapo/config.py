@@ -338,7 +338,8 @@ class ServerConfig:
     startup_timeout: float = 300.0
     """Seconds until a server must answer."""
     restarts: int = 3
-    """How often one server is started again after it ended or hung; then it is given up."""
+    """How often one server is started again after it ended or hung; then it is given up. One that has answered for ten
+    minutes begins anew."""
     restart_delay: float = 1.0
     """Seconds before a server is started again; doubled each further time."""
     hang_timeout: float = 120.0

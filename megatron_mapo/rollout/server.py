@@ -176,7 +176,8 @@ class Server:
     def hang_up(self) -> None:
         """Tell the keeper to end the server, without waiting."""
         if self._keeper is not None and not self._pipe.closed:
-            self._pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended before it had read its order
+                self._pipe.close()
 
     def stop(self) -> None:
         """End the server and wait until it and its descendants are gone."""
