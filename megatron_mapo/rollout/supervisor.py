@@ -49,8 +49,8 @@ class Supervisor:
 
     A server that ended, does not answer ``/model_info`` for ``hang_timeout`` seconds, or does not come up within
     ``startup_timeout``, is ended with all its processes and started again at the same address, at most ``restarts``
-    times, with a delay that doubles; both begin anew when it has been well for ``STEADY_SECONDS``. It starts with the weights of the model folder: whoever trains gives it newer
-    ones before it serves.
+    times, with a delay that doubles; both begin anew when it has been well for ``STEADY_SECONDS``. It starts with the
+    weights of the model folder: whoever trains gives it newer ones before it serves.
 
     Args:
         group: servers that answer.
