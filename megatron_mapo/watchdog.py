@@ -47,15 +47,20 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
-        self.folder, self.rank, self.world_size, self.timeout = folder, rank, world_size, timeout
-        self._poll = min(_POLL_SECONDS, timeout / 4)
-        self._last = _LAST_POLLS * self._poll
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.set_timeout(timeout)
         self._main = threading.get_ident()
         self._phases: list[str] = []
         self._changed = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+
+    def set_timeout(self, timeout: float) -> None:
+        """Seconds that a phase may take from now on."""
+        self.timeout = timeout
+        self._poll = min(_POLL_SECONDS, timeout / 4)
+        self._last = _LAST_POLLS * self._poll
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
