@@ -338,7 +338,8 @@ class ServerConfig:
     startup_timeout: float = 300.0
     """Seconds until a server must answer."""
     restarts: int = 3
-    """How often one server is started again after it ended or hung; then it is given up."""
+    """How often one server is started again after it ended or hung; then it is given up. One that has answered for ten
+    minutes begins anew."""
     restart_delay: float = 1.0
     """Seconds before a server is started again; doubled each further time."""
     hang_timeout: float = 120.0
@@ -1203,13 +1204,30 @@ def _validate_trainer(config: Config) -> None:
     )
 
 
-def is_server_url(url: str) -> bool:
-    """Whether ``url`` is the base address of a server."""
+def server_url_problem(url: str) -> str:
+    """Why ``url`` is not the base address of a server; empty if it is one. Shows no password."""
+    if "@" in url:
+        return "an address with a user or password lands in logs: set rollout.api_key_file or MAPO_API_KEY instead"
     try:
         parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment
     except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
+        good = False
+    return "" if good else f"{url!r} is no address such as http://host:30000"
+
+
+_KEY_FLAGS = ("--api-key", "--admin-api-key")
+
+
+def _validate_server_arguments(server: ServerConfig) -> None:
+    for argument in server.extra_args:
+        name = argument.partition("=")[0]
+        flag = next((flag for flag in _KEY_FLAGS if name.startswith("--a") and flag.startswith(name)), None)
+        _require(
+            flag is None,
+            f"rollout.server.extra_args holds {flag}, and lands in logs and on command lines: "
+            "set rollout.api_key_file or MAPO_API_KEY instead",
+        )
 
 
 def _validate_rollout(config: Config) -> None:
@@ -1237,13 +1255,12 @@ def _validate_rollout(config: Config) -> None:
         f"({rollout.max_response_tokens})",
     )
     for url in rollout.urls:
-        _require(
-            is_server_url(url),
-            f"rollout.urls must hold addresses such as http://host:30000, got {url!r}",
-        )
+        problem = server_url_problem(url)
+        _require(not problem, f"rollout.urls: {problem}")
     trimmed = [url.rstrip("/") for url in rollout.urls]
     _require(len(set(trimmed)) == len(trimmed), f"rollout.urls names a server twice: {', '.join(trimmed)}")
     server = rollout.server
+    _validate_server_arguments(server)
     _require(
         server.port == 0 or server.port + server.count - 1 <= 65535,
         f"rollout.server.port ({server.port}) + rollout.server.count ({server.count}) goes beyond port 65535",

@@ -43,6 +43,8 @@ from megatron_mapo.errors import (
     ConfigError,
     MapoError,
     Preempted,
+    RewardError,
+    RolloutError,
     ServersLost,
     ServersOut,
     TrainingError,
@@ -258,11 +260,11 @@ class Trainer:
         return self.tracker
 
     def open_and_run(self) -> None:
-        """Open, train to the end and close. A run that its servers end keeps its finished steps."""
+        """Open, train to the end and close. A run that its servers or its verifier end keeps its finished steps."""
         try:
             self.open()
             self.run()
-        except (ServersLost, WeightSyncError):
+        except (RolloutError, RewardError):
             self.save_progress()
             raise
         finally:

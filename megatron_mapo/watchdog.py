@@ -5,6 +5,9 @@ rank writes the stacks of its threads into the run's folder; the others see the 
 lowest rank that can still answer prints one line a rank: its phase, and the collective or the line it stands in.
 Then all exit, so that ``torchrun --max-restarts`` or Slurm starts them again from the last checkpoint. A
 rank that does not answer is stopped, or its machine is gone.
+
+Behind that thread stands another, of C code, which needs neither Python nor a disk: it ends a rank in which no Python
+code can run any more, or whose watchdog waits for a filesystem that does not answer.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from megatron_mapo.errors import HangError
 
 _POLL_SECONDS = 5.0
 _GRACE_POLLS = 3
 """Polls that the ranks wait for each other's stacks."""
+_LAST_POLLS = 4 * _GRACE_POLLS
+"""Polls that a report may take in all; then the process ends without one."""
+_STDERR = 2
 
 
 class Watchdog:
@@ -41,8 +47,8 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
-        self.folder, self.rank, self.world_size, self.timeout = folder, rank, world_size, timeout
-        self._poll = min(_POLL_SECONDS, timeout / 4)
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.set_timeout(timeout)
         self._main = threading.get_ident()
         self._phases: list[str] = []
         self._changed = time.monotonic()
@@ -50,29 +56,55 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    def set_timeout(self, timeout: float) -> None:
+        """Seconds that a phase may take from now on."""
+        self.timeout = timeout
+        self._poll = min(_POLL_SECONDS, timeout / 4)
+        self._last = _LAST_POLLS * self._poll
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What this rank does inside the block, from the main thread; phases may be nested."""
         self._phases.append(name)
-        self._changed = time.monotonic()
+        self._begin()
         try:
             yield
         finally:
             self._phases.pop()
-            self._changed = time.monotonic()
+            self._begin()
+
+    def _begin(self) -> None:
+        """A phase has begun, or time between phases, which is not limited."""
+        self._changed = time.monotonic()
+        if self._phases and not self._closed.is_set():
+            faulthandler.dump_traceback_later(self.timeout + self._last, exit=True, file=_STDERR)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
-        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join(self._last)  # no longer: it may wait for a disk
 
     def _watch(self) -> None:
         while not self._closed.wait(self._poll):
             late = bool(self._phases) and time.monotonic() - self._changed > self.timeout
             if late or self.folder.exists():
-                self._dump()
-                self._report()
-                os._exit(HangError.exit_code)
+                self._end()
+
+    def _end(self) -> NoReturn:
+        """Report and exit, whatever becomes of the report."""
+        try:
+            faulthandler.dump_traceback_later(self._last, exit=True, file=_STDERR)
+            self._dump()
+            self._report()
+        except Exception:  # such as a full disk
+            print(f"rank {self.rank}: no progress, and the report of it failed:", file=sys.stderr)
+            traceback.print_exc()
+            faulthandler.dump_traceback(_STDERR, all_threads=True)
+        finally:
+            os._exit(HangError.exit_code)
 
     def _dump(self) -> None:
         """Write ``rank_N.json`` (a summary) and ``rank_N.txt`` (the stacks)."""

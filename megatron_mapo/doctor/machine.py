@@ -54,7 +54,11 @@ def _memory() -> Finding:
     available, total = available_memory(), psutil.virtual_memory().total
     detail = f"{gib(available)} free of {gib(total)}"
     if available < LITTLE_MEMORY:
-        return warning("memory", f"{detail}; a server alone takes 1 to 3 GiB", "end other processes")
+        return warning(
+            "memory",
+            f"{detail}; a server alone takes 1 to 3 GiB",
+            "ps -eo rss,pid,user,args --sort=-rss | head: end what takes most",
+        )
     return ok("memory", detail)
 
 
@@ -64,7 +68,11 @@ def _gpus() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         name, detail = f"GPU {index}", f"{properties.name}, {gib(free)} free of {gib(total)}"
         if free < total / 2:
-            yield warning(name, f"{detail}: another process uses it", "nvidia-smi shows which")
+            yield warning(
+                name,
+                f"{detail}: another process uses it",
+                "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",
+            )
         else:
             yield ok(name, detail)
     if not torch.distributed.is_nccl_available():

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_mapo.config import Config
 from megatron_mapo.doctor.finding import Finding, failure, ok, warning
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.rollout.client import read_api_key
-from megatron_mapo.rollout.server import choose_ports, is_loopback
+from megatron_mapo.rollout.pool import read_urls_file
+from megatron_mapo.rollout.server import DIRECT, choose_ports, is_loopback
 
 _SECONDS = 10
 
 
 def check(config: Config) -> Iterator[Finding]:
-    """Where servers listen, or whether those in ``rollout.urls`` answer; whether Slurm does."""
+    """Where servers listen, or whether those of ``rollout.urls`` and its file answer; whether Slurm does."""
     try:
         key = read_api_key(config.rollout.api_key_file)
     except RolloutError as error:
         key = None
-        yield failure("rollout.api_key_file", str(error), "umask 077; openssl rand -hex 32 > FILE")
-    if config.rollout.urls:
-        for url in config.rollout.urls:
-            yield _answers(url.rstrip("/"), key)
+        file = config.rollout.api_key_file
+        fix = f"chmod 600 {file}" if Path(str(file)).exists() else f"umask 077; openssl rand -hex 32 > {file}"
+        yield failure("rollout.api_key_file", str(error), fix)
+    if config.rollout.urls or config.rollout.urls_file:
+        yield from _servers(config, key)
     else:
         yield _ports(config)
         host = config.rollout.server.host
@@ -49,20 +53,31 @@ def _ports(config: Config) -> Finding:
     return ok("rollout.server.port", f"{shown} on {server.host}")
 
 
-def _answers(url: str, key: str | None) -> Finding:
+def _servers(config: Config, key: str | None) -> Iterator[Finding]:
+    rollout = config.rollout
+    for url in rollout.urls:
+        yield _answers("rollout.urls", url.rstrip("/"), key)
+    if rollout.urls_file is None:
+        return
+    try:
+        for url in read_urls_file(rollout.urls_file):
+            yield _answers("rollout.urls_file", url.rstrip("/"), key)
+    except RolloutError as error:
+        yield failure("rollout.urls_file", str(error), f"echo http://HOST:30000 > {rollout.urls_file}")
+
+
+def _answers(name: str, url: str, key: str | None) -> Finding:
     request = urllib.request.Request(f"{url}/model_info")
     if key is not None:
         request.add_header("Authorization", f"Bearer {key}")
-    # As the trainers do: no proxy stands between them and their servers.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=_SECONDS):
-            return ok("rollout.urls", f"{url} answers")
+        with DIRECT.open(request, timeout=_SECONDS):
+            return ok(name, f"{url} answers")
     except urllib.error.HTTPError as error:
-        fix = "set MAPO_API_KEY or rollout.api_key_file to the server's key"
-        return failure("rollout.urls", f"{url}: status {error.code}", fix)
-    except OSError as error:
-        return failure("rollout.urls", f"{url} does not answer: {error}", "megatron-mapo serve --config FILE")
+        fix = "export MAPO_API_KEY=KEY, or rollout.api_key_file=FILE: the server's key"
+        return failure(name, f"{url}: status {error.code}", fix)
+    except (OSError, http.client.HTTPException) as error:
+        return failure(name, f"{url} does not answer: {error}", "megatron-mapo serve --config FILE")
 
 
 def _slurm() -> Finding:

@@ -70,7 +70,8 @@ def _memory(plan: Plan) -> Finding:
         needed, there = plan.memory.total, torch.cuda.get_device_properties(0).total_memory
         detail = f"a rank needs about {gib(needed)} of its GPU's {gib(there)}"
     else:
-        servers = 0 if plan.config.rollout.urls else plan.config.rollout.server.count
+        rollout = plan.config.rollout
+        servers = 0 if rollout.urls or rollout.urls_file else rollout.server.count
         needed, there = plan.processes * plan.memory.total + servers * plan.server_bytes, available_memory()
         detail = f"trainers and servers need about {gib(needed)} besides their libraries; {gib(there)} are free"
     return ok("memory of the run", detail) if needed <= there else failure("memory of the run", detail, fix)

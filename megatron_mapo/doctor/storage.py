@@ -19,7 +19,7 @@ _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "weka", "cifs", "smb", "pa
 
 
 def check(config: Config) -> Iterator[Finding]:
-    """The folder of runs can be written to, has space, and is shared where several nodes write to it."""
+    """The folder of runs can be written to and has space; whether several machines can share it."""
     folder = existing(Path(config.run.output_dir))
     problem = _cannot_write(folder)
     if problem:
@@ -30,12 +30,18 @@ def check(config: Config) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     fix = "run.output_dir=FOLDER on a larger disk, or a smaller trainer.keep_checkpoints"
     yield ok("disk", f"{gib(free)} free") if free >= LITTLE_DISK else warning("disk", f"{gib(free)} free", fix)
-    if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1 and not kind.startswith(_SHARED):
-        yield warning(
-            "shared filesystem",
-            f"{folder} is on {kind}, which other nodes of this job do not see as a rule",
-            "run.output_dir=FOLDER on a filesystem that all nodes share",
-        )
+    yield _shared(folder, kind)
+
+
+def _shared(folder: Path, kind: str) -> Finding:
+    """Whether other machines see the folder, as far as the kind of its filesystem tells."""
+    if kind.startswith(_SHARED):
+        return ok("shared filesystem", f"{folder} is on {kind}, which other machines can share")
+    detail = f"{folder} is on {kind}, which other machines do not see as a rule"
+    if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+        fix = "run.output_dir=FOLDER on a filesystem that all nodes share (`df -T` lists what there is)"
+        return warning("shared filesystem", f"{detail}, and this job has several nodes", fix)
+    return ok("shared filesystem", f"{detail}; runs on several need run.output_dir on one that they share")
 
 
 def existing(folder: Path) -> Path:

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import pkgutil
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -17,6 +19,7 @@ from megatron_mapo.doctor.finding import Finding, failure, ok, warning
 from megatron_mapo.errors import MapoError
 
 _SHOWN = ("torch", "megatron-core", "transformers")
+_PATCHED = {"megatron_core": "import megatron_mapo.megatron.policy, megatron_mapo.megatron.checkpoint"}
 _INSTALL = "scripts/setup.sh, or docs/install.md for CUDA"
 
 
@@ -36,7 +39,7 @@ def check() -> Iterator[Finding]:
 
 
 def check_patches() -> Iterator[Finding]:
-    """Every patch fits the package that it changes."""
+    """Every patch fits the package that it changes; that to the trainers is applied, in a process of its own."""
     for module in pkgutil.iter_modules(patches.__path__):
         patch = importlib.import_module(f"{patches.__name__}.{module.name}")
         name = f"patch {module.name}"
@@ -48,7 +51,20 @@ def check_patches() -> Iterator[Finding]:
         except (MapoError, metadata.PackageNotFoundError) as error:
             yield failure(name, f"refused: {error}", _INSTALL)
         else:
-            yield ok(name, f"fits {patch.SUPPORTED}")
+            yield (
+                _applied(name, patch.SUPPORTED)
+                if module.name in _PATCHED
+                else ok(name, f"fits {patch.SUPPORTED}; each server applies it to itself")
+            )
+
+
+def _applied(name: str, version: str) -> Finding:
+    """Import what a trainer does, which installs the patch and runs into what it does not fit."""
+    imports = _PATCHED[name.removeprefix("patch ")]
+    done = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True)
+    if done.returncode:
+        return failure(name, f"cannot be applied: {(done.stderr.strip().splitlines() or ['no output'])[-1]}", _INSTALL)
+    return ok(name, f"applied to {version}")
 
 
 def _requirements() -> list[Requirement]:

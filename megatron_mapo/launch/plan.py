@@ -38,6 +38,7 @@ from megatron_mapo.config import (
     data_parallel_size,
 )
 from megatron_mapo.errors import DataError
+from megatron_mapo.launch.arguments import hidden
 from megatron_mapo.model_shape import ModelShape
 from megatron_mapo.quickstart import QUICKSTART_SMOLLM2, prepare_smollm2
 
@@ -256,7 +257,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
             "",
             f"a checkpoint is about {_gib(checkpoint_bytes(plan))}, {config.trainer.keep_checkpoints} are kept",
         ),
-        ("each rank runs", shlex.join(plan.command)),
+        ("each rank runs", hidden(shlex.join(plan.command))),
     ]
 
 

@@ -121,7 +121,7 @@ def render(job: SlurmJob, config_path: str | None, overrides: Sequence[str], con
 
 
 def submit(script: str, config: Config) -> str:
-    """Keep the script in the run folder and hand it to sbatch.
+    """Keep the script in the run folder, for its owner alone since it holds all overrides, and hand it to sbatch.
 
     Returns:
         the job's number.
@@ -132,6 +132,8 @@ def submit(script: str, config: Config) -> str:
     if shutil.which("sbatch") is None:
         raise ConfigError("there is no sbatch on this machine; --dry-run shows the script")
     path = make_log_folder(config) / "slurm_job.sh"
+    path.touch(0o600)
+    path.chmod(0o600)
     path.write_text(script)
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode != 0:

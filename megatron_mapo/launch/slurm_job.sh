@@ -25,6 +25,12 @@ MAPO_TEE_PID= # writes job.log
 
 mapo_say() { printf '%(%FT%T)T %s\n' -1 "$*"; }
 
+# Arguments without secrets: megatron_mapo.launch.arguments.hidden.
+mapo_hidden() {
+  sed -E "s/((api_?key|token|password|secret)[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^ ,}]+)/\1***/Ig; \
+s|://[^ /@]+@|://***@|g" <<<"$*"
+}
+
 mapo_fail() { # EXIT_CODE TEXT
   mapo_say "error: $2" >&2
   exit "$1"
@@ -317,7 +323,7 @@ mapo_run() { # section.key=value...
   trap 'mapo_on_signal TERM' TERM
   trap mapo_leave EXIT
   MAPO_RUN=(${MAPO_CONFIG:+--config "$MAPO_CONFIG"} "$@")
-  mapo_say "job $SLURM_JOB_ID: reading the configuration ${MAPO_RUN[*]}"
+  mapo_say "job $SLURM_JOB_ID: reading the configuration $(mapo_hidden "${MAPO_RUN[@]}")"
   mapo_check
   mapo_say "start $((${SLURM_RESTART_COUNT:-0} + 1)): trainers on $TRAINER_NODES; servers on $SERVER_NODES"
   mapo_say "logs of this start: $MAPO_LOGS"

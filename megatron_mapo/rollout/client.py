@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,12 @@ WATCH_SECONDS = 2.0
 POLL_SECONDS = 0.05
 LOGPROB_SLACK = 1e-3
 """A log-prob may exceed 0 by rounding of the server's softmax, up to this."""
+LOWEST_LOGPROB = -3.4e38
+"""What a batch's float32 can still hold."""
+ANSWER_BYTES = 64 << 20
+"""Most that is read of an answer; the longest has a checksum of every parameter on every worker of a server."""
+RESPONSE_BYTES, TOKEN_BYTES = 64 << 10, 256
+"""Most that a response, and each of its tokens, adds: its id, log-prob, weight version and text, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ def _logprobs_of(meta: dict[str, Any], token_ids: list[int]) -> list[float]:
     if [entry[1] for entry in entries] != token_ids:
         raise ValueError("output_token_logprobs is of other tokens than output_ids")
     values = [entry[0] for entry in entries]
-    if not all(isinstance(v, float | int) and math.isfinite(v) and v <= LOGPROB_SLACK for v in values):
+    # comparisons and no math.isfinite: an int may be too large for a float
+    if not all(isinstance(v, float | int) and LOWEST_LOGPROB <= v <= LOGPROB_SLACK for v in values):
         raise ValueError("a log-prob is not a finite number at most 0")
     return [min(float(v), 0.0) for v in values]
 
@@ -117,9 +123,32 @@ def _versions_of(meta: dict[str, Any], count: int) -> list[int]:
     return [_version(span["version"]) for span in spans for _ in range(span["end"] - span["start"])]
 
 
-def _version(text: str) -> int:
+def _version(found: Any) -> int:
     # a server that was never updated calls its version "default"
-    return NEVER_UPDATED if text == "default" else int(text)
+    if not isinstance(found, str) and not _is_int(found):
+        raise ValueError(f"{found!r} is no weight version")
+    return NEVER_UPDATED if found == "default" else int(found)
+
+
+def _decoded(text: str) -> Any:
+    """The JSON of an answer, or the text where it is none that could be used or shown."""
+    try:
+        answer = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair can be written as JSON, and then not be printed
+            json.dumps(answer, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # besides errors of syntax: numbers of too many digits, nesting too deep
+        return text
+    return answer
+
+
+async def _bounded(reply: aiohttp.ClientResponse, limit: int) -> str:
+    """The body of an answer, of which no more than ``limit`` bytes are read."""
+    body = bytearray()
+    async for part in reply.content.iter_chunked(1 << 16):
+        body += part
+        if len(body) > limit:
+            raise ValueError(f"an answer of more than {limit} bytes")
+    return body.decode()
 
 
 def parse_response(item: Any, sampling: Sampling, vocab_size: int | None = None) -> Response:
@@ -229,7 +258,10 @@ class RolloutClient:
         self.probe_timeout = min(probe_timeout, timeout)
         self._running: dict[str, set[asyncio.Task]] = {}
         self._requests: set[_Request] = set()
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # not compressed: a short body could be a long answer
+        self._headers = {"Accept-Encoding": "identity"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -246,13 +278,21 @@ class RolloutClient:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             # concurrency is bounded by the caller; the pool must not bound it again
+            connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(
-                headers=self._headers, connector=aiohttp.TCPConnector(limit=0), trust_env=False
+                headers=self._headers, connector=connector, trust_env=False, auto_decompress=False
             )
         return self._session
 
     async def request(
-        self, url: str, path: str, body: dict[str, Any] | None = None, *, method: str = "POST", timeout: float = 0.0
+        self,
+        url: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        method: str = "POST",
+        timeout: float = 0.0,
+        longest: int = ANSWER_BYTES,
     ) -> Any:
         """One request to one server.
 
@@ -262,22 +302,23 @@ class RolloutClient:
             body: sent as JSON.
             method: HTTP method.
             timeout: seconds; 0 means the client's.
+            longest: bytes that the answer may have.
 
         Returns:
             The decoded JSON, or the text of an answer that is not JSON.
 
         Raises:
-            RolloutError: no connection, no answer in time, or a status other than 200.
+            RolloutError: no connection, no answer in time, one that is too long, or a status other than 200.
         """
         seconds = timeout or self.timeout
         limit = aiohttp.ClientTimeout(total=seconds, sock_connect=min(seconds, 10.0))
         try:
             async with self._open().request(method, url + path, json=body, timeout=limit) as reply:
-                text = await reply.text()
+                text = await _bounded(reply, longest)
                 status = reply.status
         except TimeoutError:
             raise _Retryable(f"{url}{path}: no answer within {seconds:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: bytes that are no text
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no text, or too long
             raise _Retryable(f"{url}{path}: {type(error).__name__}: {error}") from error
         if status in (401, 403):
             raise Refused(
@@ -287,10 +328,7 @@ class RolloutClient:
         if status != 200:
             kind = _Retryable if status >= 500 else Refused
             raise kind(f"{url}{path}: status {status}: {text[:500]}")
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
+        return _decoded(text)
 
     async def on_each(
         self, urls: Iterable[str], path: str, body: dict[str, Any] | None = None, timeout: float = 0.0
@@ -478,7 +516,9 @@ class RolloutClient:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception):  # a bug: nobody has watched since
+                    raise outcome
 
     def _find_late(self) -> None:
         """Requests that only slow servers work on go to another one too. There is one: not all can be slow."""
@@ -493,7 +533,8 @@ class RolloutClient:
             # cache, and the server would compute the same prompt n times.
             prompt_only = {"input_ids": body["input_ids"][0], "sampling_params": {"max_new_tokens": 0}}
             await self.request(url, "/generate", prompt_only)
-        answer = await self.request(url, "/generate", body)
+        longest = ANSWER_BYTES + n * (RESPONSE_BYTES + sampling.max_tokens * TOKEN_BYTES)
+        answer = await self.request(url, "/generate", body, longest=longest)
         if not isinstance(answer, list) or len(answer) != n:
             raise _Retryable(f"{url}/generate: not the {n} responses that were asked for")
         try:

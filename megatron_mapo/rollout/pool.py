@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from megatron_mapo.config import is_server_url
+from megatron_mapo.config import server_url_problem
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.rollout.speeds import Speeds
 
@@ -290,6 +290,6 @@ def read_urls_file(path: str | Path) -> list[str]:
         raise RolloutError(f"rollout.urls_file={path}: {error}") from error
     urls = [text for line in lines if (text := line.partition("#")[0].strip())]
     for url in urls:
-        if not is_server_url(url):
-            raise RolloutError(f"rollout.urls_file={path}: {url!r} is no address such as http://host:30000")
+        if problem := server_url_problem(url):
+            raise RolloutError(f"rollout.urls_file={path}: {problem}")
     return urls

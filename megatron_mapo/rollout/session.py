@@ -19,7 +19,7 @@ from megatron_mapo.algorithms.filters import filters
 from megatron_mapo.config import Config
 from megatron_mapo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts
 from megatron_mapo.data.sequences import REWARD_PART, RIGHT, SUCCESS, SequenceBatch
-from megatron_mapo.errors import RolloutError, ServersOut
+from megatron_mapo.errors import MapoError, RolloutError
 from megatron_mapo.hardware import has_accelerator
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import RolloutClient, read_api_key
@@ -142,6 +142,7 @@ class RolloutSession:
 
         Raises:
             ServersOut: no server holds them (any more). The next call gives the same batch, and goes on with it.
+            MapoError: the run ends; a checkpoint that is made now begins with the same batch.
         """
         here, rollout = self.prompts.state_dict(), self.config.rollout
         if self._rounds[0] != version:
@@ -152,7 +153,7 @@ class RolloutSession:
                 self._last_prompts, batch, self._sampled = found.prompts, found.batch, found.metrics
             else:
                 self._last_prompts, batch = self._draw(0, rollout.prompts_per_step)
-        except ServersOut:
+        except MapoError:
             self.prompts.load_state_dict(here)
             raise
         self._rounds = (-1, [])

@@ -14,6 +14,8 @@ from megatron_mapo.rollout.server import Server, ServerGroup, log_tail
 POLL_SECONDS = 0.5
 PROBE_SECONDS = 5.0
 """Between two requests to a server that runs."""
+STEADY_SECONDS = 600.0
+"""A server that answers for as long as this is well again: what it did before does not count any more."""
 
 
 @dataclass
@@ -24,7 +26,8 @@ class _Watch:
         answered: when it answered last, or was started.
         probed: when it was asked last.
         ready: it has answered since it was started.
-        restarts: how often it was started again.
+        since: when it was found ready.
+        restarts: how often it was started again since it was well.
         start_at: when it is to be started again; None: it runs.
         reason: why it was ended, or given up.
         given_up: it is not started any more.
@@ -33,6 +36,7 @@ class _Watch:
     server: Server
     answered: float
     probed: float
+    since: float
     ready: bool = True
     restarts: int = 0
     start_at: float | None = None
@@ -45,8 +49,8 @@ class Supervisor:
 
     A server that ended, does not answer ``/model_info`` for ``hang_timeout`` seconds, or does not come up within
     ``startup_timeout``, is ended with all its processes and started again at the same address, at most ``restarts``
-    times, with a delay that doubles. It starts with the weights of the model folder: whoever trains gives it newer
-    ones before it serves.
+    times, with a delay that doubles; both begin anew when it has been well for ``STEADY_SECONDS``. It starts with the
+    weights of the model folder: whoever trains gives it newer ones before it serves.
 
     Args:
         group: servers that answer.
@@ -56,8 +60,9 @@ class Supervisor:
     def __init__(self, group: ServerGroup, log: Callable[[str], None]) -> None:
         now = time.monotonic()
         self._config: ServerConfig = group.config
-        self._watches = [_Watch(server, now, now) for server in group.servers]
+        self._watches = [_Watch(server, now, now, now) for server in group.servers]
         self._log = log
+        self._failure: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="server-supervisor", daemon=True)
 
@@ -70,17 +75,15 @@ class Supervisor:
         self._stop.set()
         self._thread.join()
 
-    @property
-    def restarts(self) -> int:
-        """How often servers were started again."""
-        return sum(watch.restarts for watch in self._watches)
-
     def check(self) -> None:
-        """Raise if no server is left.
+        """Raise if no server is left, or nobody watches them.
 
         Raises:
             RolloutError: all were given up; with the end of the last one's log.
+            RuntimeError: a bug ended the thread.
         """
+        if self._failure is not None:
+            raise RuntimeError("the supervisor of the servers has ended") from self._failure
         if all(watch.given_up for watch in self._watches):
             last = self._watches[-1]
             raise RolloutError(
@@ -89,10 +92,14 @@ class Supervisor:
             )
 
     def _run(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            for watch in self._watches:
-                if not watch.given_up and not self._stop.is_set():
-                    self._tend(watch)
+        try:
+            while not self._stop.wait(POLL_SECONDS):
+                for watch in self._watches:
+                    if not watch.given_up and not self._stop.is_set():
+                        self._tend(watch)
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _tend(self, watch: _Watch) -> None:
         now = time.monotonic()
@@ -111,6 +118,9 @@ class Supervisor:
         if answers:
             if not watch.ready:
                 self._log(f"server {watch.server.url} answers again")
+                watch.since = now
+            elif now - watch.since >= STEADY_SECONDS:
+                watch.restarts = 0
             watch.answered, watch.ready = now, True
             return
         limit = self._config.hang_timeout if watch.ready else self._config.startup_timeout
@@ -138,6 +148,9 @@ class Supervisor:
         )
 
     def _start(self, watch: _Watch) -> None:
-        watch.server.start()
         watch.start_at, watch.ready = None, False
         watch.answered = watch.probed = time.monotonic()
+        try:
+            watch.server.start()
+        except OSError as error:  # no memory for a process, or a full disk under its log
+            self._end(watch, f"could not be started: {error}")

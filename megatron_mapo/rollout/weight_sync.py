@@ -209,6 +209,8 @@ class WeightSync:
         try:
             tensor, pipeline, data = info["tp_size"], info["pp_size"], info["dp_size"]
             cuda, name = info["device"] == "cuda", info["dtype"]
+            if not isinstance(tensor, int) or isinstance(tensor, bool) or tensor < 1:
+                raise TypeError(f"tp_size={tensor!r}")
         except (KeyError, TypeError) as error:
             raise RolloutError(f"{url}/server_info is not that of an SGLang server: {error!r}") from error
         if pipeline != 1 or data != 1:

@@ -38,6 +38,16 @@ def broken(response, answer, metadata):
     raise ValueError("no such answer")
 
 
+def fails_in_the_second_step(response, answer, metadata):
+    """Of steps with 16 responses; good again when the file `calm` is there."""
+    with Path(__file__).with_name("judged").open("a") as judged:
+        judged.write("x")
+        judged.flush()
+        if judged.tell() > 20 and not Path(__file__).with_name("calm").exists():
+            raise ValueError("no judgement in the second step")
+    return even(response, answer, metadata)
+
+
 def hanging(response, answer, metadata):
     time.sleep(3600)
 '''

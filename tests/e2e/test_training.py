@@ -15,6 +15,7 @@ from runs import command, environment, rows, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_mapo.errors import RewardError
 from megatron_mapo.tracking.rollouts import read_rollouts, rollout_files
 
 LOGGED = [
@@ -140,6 +141,26 @@ def test_a_killed_run_goes_on_with_the_same_numbers(straight: Path, workspace: P
     assert "resuming from" in done.stdout
     assert numbers(rows(folder / "metrics.jsonl")) == numbers(rows(straight / "metrics.jsonl"))
     assert rows(folder / "samples.jsonl") == rows(straight / "samples.jsonl")
+    assert sequences(folder) == sequences(straight)
+
+
+def test_a_run_that_its_verifier_ends_keeps_its_steps_and_goes_on_with_the_same_prompts(
+    straight: Path, workspace: Path, server_url: str
+) -> None:
+    settings = ["run.name=judged", "trainer.save_interval=0", f"rollout.urls=[{server_url}]"]
+    settings.append(f"reward.name={workspace / 'verifiers.py'}:fails_in_the_second_step")
+    folder = workspace / "runs" / "judged"
+    done = run(command(workspace, *settings, "trainer.evaluation.at_start=false"))
+    assert done.returncode == RewardError.exit_code, done.stdout + done.stderr
+    assert "no judgement in the second step" in done.stderr
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_000001"]
+    (workspace / "calm").touch()
+    try:
+        done = run(command(workspace, *settings))
+    finally:
+        (workspace / "calm").unlink()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert numbers(rows(folder / "metrics.jsonl")) == numbers(rows(straight / "metrics.jsonl"))
     assert sequences(folder) == sequences(straight)
 
 

@@ -157,7 +157,7 @@ trainer:
   save_interval: 1
   export: true
   threads: 1
-  hang_timeout: 4
+  hang_timeout: 120
   max_skipped: 2
   evaluation: {{interval: 2, samples: 0}}
 tracking: {{plots: false, tensorboard: false, progress: false}}

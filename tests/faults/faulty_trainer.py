@@ -33,9 +33,13 @@ ACTIONS: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(1e6),
-    "slow": lambda: time.sleep(0.5),
+    "slow": lambda: time.sleep(3),
     "full disk": lambda: _fail(OSError(28, "No space left on device")),
 }
+
+
+HANG_SECONDS = 4.0
+"""What a phase of the step may take in which a rank hangs; others may take longer on a busy machine."""
 
 
 def _fail(error: Exception) -> None:
@@ -156,6 +160,13 @@ class FaultyTrainer(FrozenTrainer):
     """``FrozenTrainer`` that arms a fault when it is open."""
 
     fault: Fault
+
+    def train_step(self) -> None:
+        """A step; all ranks are impatient in the one in which a rank is about to hang."""
+        hangs = self.fault.action in ("hang", "stop") and not self.fault.marker.exists()
+        if hangs and self.step + 1 >= self.fault.step:
+            self.watchdog.set_timeout(HANG_SECONDS)
+        super().train_step()
 
     @property
     def ddp_config(self) -> Any:

@@ -84,6 +84,11 @@ def _garbage(servers: Servers) -> None:
     servers.proxies[0].garbage = True
 
 
+def _nonsense(servers: Servers) -> None:
+    for proxy in servers.proxies:
+        proxy.garbage = True
+
+
 def _slow(servers: Servers) -> None:
     servers.proxies[0].delay = 100.0
 
@@ -101,6 +106,13 @@ SERVER_CASES = [
         lambda servers: servers.kill(count=2),
         r"rollout\.wait_timeout=1\)",
         ("rollout.wait_timeout=1",),
+    ),
+    ServerCase(
+        "all answer garbage, more often than a request is sent again",
+        "rollout",
+        _nonsense,
+        r"generation failed 2 times \(rollout\.retries=1\)",
+        ("rollout.retries=1", "rollout.max_failures=1000"),
     ),
     ServerCase("one is killed", "weight update", Servers.kill, "is out: .*weight sync"),
     ServerCase("one hangs", "weight update", lambda servers: servers.kill(signal.SIGSTOP), "is out: .*weight sync"),

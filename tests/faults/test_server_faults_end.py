@@ -12,7 +12,11 @@ from server_faults import SERVER_CASES, ServerCase, Servers, run_server_case, tw
 
 from megatron_mapo.errors import RolloutError, WeightSyncError
 
-ENDS = {"all are gone for longer than the run waits": RolloutError, "the process group cannot form": WeightSyncError}
+ENDS = {
+    "all are gone for longer than the run waits": RolloutError,
+    "all answer garbage, more often than a request is sent again": RolloutError,
+    "the process group cannot form": WeightSyncError,
+}
 
 
 @pytest.fixture(scope="module")

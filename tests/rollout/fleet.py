@@ -8,9 +8,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import torch
@@ -47,6 +49,8 @@ class Fleet:
 
     Args:
         urls: where the trainer finds the servers; None: where they listen.
+        timeout: seconds that a request of the trainer may take.
+        probe_timeout: seconds that a server may take to say who it is.
     """
 
     def __init__(
@@ -56,7 +60,10 @@ class Fleet:
         model_path: Path,
         folder: Path,
         urls: Sequence[str] | None = None,
+        timeout: float = 60.0,
+        probe_timeout: float = 8.0,
     ) -> None:
+        self.timeout, self.probe_timeout = timeout, probe_timeout
         self.group, self.supervisor, self.model_path, self.folder = group, supervisor, model_path, folder
         self.urls = list(urls or group.urls)
         self.lines: list[str] = []
@@ -68,11 +75,11 @@ class Fleet:
         """Fresh pool, sampler and weight sync; all servers hold new weights."""
         self.pool = ServerPool([*self.urls, *extra], max_failures=2, log=self.lines.append)
         config = RolloutConfig(responses_per_prompt=4, max_response_tokens=48, max_prompt_tokens=8)
-        client = RolloutClient(self.pool, API_KEY, timeout=60, vocab_size=512, probe_timeout=8.0)
+        client = RolloutClient(self.pool, API_KEY, self.timeout, vocab_size=512, probe_timeout=self.probe_timeout)
         self.sampler = Sampler(client, config, score, [EOS])
         sync = SyncConfig(**{"timeout": 40.0, "bucket_mb": 1} | options)  # type: ignore[arg-type]
         folder, cpu = self.folder, torch.device("cpu")
-        self.sync = WeightSync(sync, self.pool, API_KEY, self.model_path, folder, cpu, probe_timeout=8.0)
+        self.sync = WeightSync(sync, self.pool, API_KEY, self.model_path, folder, cpu, self.probe_timeout)
         try:
             self.all_serve()
             yield self.pool
@@ -122,7 +129,7 @@ class Fleet:
             torch.testing.assert_close(torch.tensor(response.logprobs), reference, atol=1e-3, rtol=0)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "still not so"
@@ -145,19 +152,26 @@ def stopped(server: Server) -> Iterator[Callable[[], None]]:
         kill(server, signal.SIGCONT)
 
 
-def once_busy(server: Server, act: Callable[[], None]) -> threading.Thread:
-    """Do ``act`` as soon as the server decodes."""
-    before = server.log.read_text().count("Prefill batch")
+@contextlib.contextmanager
+def at_work(acts: Mapping[str, Callable[[], None]]) -> Iterator[None]:
+    """Inside, do ``acts[url]`` when that server has a request, just before it is sent the second one.
 
-    def wait() -> None:
-        deadline = time.monotonic() + 60
-        while server.log.read_text().count("Prefill batch") < before + 2 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        act()
+    So the second one meets what was done, however fast the server is.
+    """
+    original, asked = RolloutClient._generate_on, Counter[str]()
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+    async def generate(self: RolloutClient, url: str, *args: Any) -> Any:
+        asked[url] += 1
+        if asked[url] == 2 and url in acts:
+            acts[url]()
+        return await original(self, url, *args)
+
+    RolloutClient._generate_on = generate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RolloutClient._generate_on = original  # type: ignore[method-assign]
+    assert all(asked[url] >= 2 for url in acts), asked
 
 
 GARBAGE = [
@@ -165,6 +179,11 @@ GARBAGE = [
     "[]",
     '[{"output_ids": [1, 2]}, 7, null, {}]',
     '[{"output_ids": ["a"], "meta_info": {}}]',
+    "[" * 200_000,
+    "9" * 5_000,
+    '["\\ud800"]',
+    f'[{{"output_ids": [{10**400}], "meta_info": {{}}}}]',
+    '[{"output_ids": [Infinity], "meta_info": {"weight_version": Infinity}}]',
 ]
 
 
@@ -201,7 +220,7 @@ class Proxy:
         garbage: answer nonsense with status 200.
         delay: seconds that an answer is held back.
         asked: calls of ``/generate``.
-        wrong: those that were answered with nonsense.
+        wrong: requests for responses that were answered with nonsense.
     """
 
     def __init__(self, target: str) -> None:
@@ -214,8 +233,9 @@ class Proxy:
         generates = request.path == "/generate"
         self.asked += generates
         if generates and self.garbage:
-            self.wrong += 1
-            return web.Response(text=GARBAGE[self.wrong % len(GARBAGE)], content_type="application/json")
+            # not those that only bring a prompt into the server's cache: their answer is not looked at
+            self.wrong += isinstance((await request.json())["sampling_params"], list)
+            return web.Response(text=GARBAGE[self.asked % len(GARBAGE)], content_type="application/json")
         headers = {name: value for name, value in request.headers.items() if name in ("Authorization", "Content-Type")}
         sent = {"headers": headers, "data": await request.read()}
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from fleet import GARBAGE, Fleet, kill, once_busy, served, stopped, wait_until
+from fleet import GARBAGE, Fleet, at_work, kill, served, stopped, wait_until
 from server_support import API_KEY, model_config, server_config, tensors
 
 from megatron_mapo.config import SyncMode
@@ -39,9 +39,8 @@ def test_a_batch_is_complete_and_the_same_when_a_server_is_killed(fleet: Fleet) 
     with fleet.trainer() as pool:
         undisturbed = fleet.sample()
         victim = fleet.group.servers[1]
-        thread = once_busy(victim, lambda: kill(victim))
-        batch = fleet.sample()
-        thread.join()
+        with at_work({victim.url: lambda: kill(victim)}):
+            batch = fleet.sample()
         assert batch.tokens.tolist() == undisturbed.tokens.tolist()
         assert batch.weight_versions.unique().tolist() == [fleet.version]
         assert pool[victim.url].state is State.out
@@ -61,9 +60,8 @@ def test_a_server_that_hangs_loses_its_requests_to_others(fleet: Fleet) -> None:
         undisturbed = fleet.sample()
         victim = fleet.group.servers[0]
         with stopped(victim) as stop:
-            thread = once_busy(victim, stop)
-            batch = fleet.sample()
-            thread.join()
+            with at_work({victim.url: stop}):
+                batch = fleet.sample()
             assert batch.tokens.tolist() == undisturbed.tokens.tolist()
             assert "no answer within 8 s" in pool[victim.url].reason
             fleet.update()
@@ -149,10 +147,9 @@ def test_when_all_are_gone_the_batch_is_finished_by_those_that_come_back(fleet: 
     with fleet.trainer() as pool:
         undisturbed = fleet.sample()
         first = fleet.group.servers[0]
-        thread = once_busy(first, lambda: [kill(server) for server in fleet.group.servers])
-        with pytest.raises(ServersOut, match="no generation server serves"):
+        act = lambda: [kill(server) for server in fleet.group.servers]  # noqa: E731
+        with at_work({first.url: act}), pytest.raises(ServersOut, match="no generation server serves"):
             fleet.sample()
-        thread.join()
         with pytest.raises(ServersLost, match=r"(?s)rollout\.wait_timeout=0\.\d.*is out: .*Start servers again"):
             fleet.sync.await_servers(0.1)
         fleet.sync.await_servers(120.0)

@@ -9,18 +9,21 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from fleet import served
 from server_support import API_KEY, alive, child_environment, descendants, model_config, server_config
 
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.patches import sglang_cpu
 from megatron_mapo.rollout.client import RolloutClient, Sampling, read_api_key
-from megatron_mapo.rollout.server import ServerGroup
+from megatron_mapo.rollout.server import Server, ServerGroup
 
 
 def start(tmp_path: Path, model_path: Path, key: str | None = None, **options) -> ServerGroup:
@@ -111,6 +114,35 @@ def test_another_version_of_sglang_is_refused(monkeypatch):
 def test_nothing_is_changed_on_a_gpu_machine(monkeypatch):
     monkeypatch.setattr(sglang_cpu, "needed", lambda: False)
     assert sglang_cpu.environment({"A": "b"}, 1) == {"A": "b"}
+
+
+def test_readiness_is_asked_of_the_server_alone(tmp_path, monkeypatch):
+    """No proxy of the environment gets the key, or stands in the way; and nonsense is no answer."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    keys = []
+
+    async def model_info(request: web.Request) -> web.Response:
+        keys.append(request.headers["Authorization"])
+        return web.json_response({})
+
+    app = web.Application()
+    app.router.add_get("/model_info", model_info)
+    with served(app) as url:
+        assert Server(url, tmp_path / "log", [], API_KEY, {}).ready()
+    assert keys == [f"Bearer {API_KEY}"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection = listener.accept()[0]
+            connection.recv(1 << 16)
+            connection.sendall(b"this is not HTTP\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert not Server(url, tmp_path / "log", [], API_KEY, {}).ready()
+        thread.join()
 
 
 PARENT = """

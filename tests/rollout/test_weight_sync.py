@@ -100,6 +100,7 @@ def test_disk_updates_are_verified_and_effective(call, servers, model_path, tmp_
 def test_a_running_request_goes_on_with_the_new_weights(call, sync, model_path, servers):
     model = changed(model_path, 20)
     sync.update(tensors(model), 20)
+    newer = changed(model_path, 21)  # not while the request runs, which may be over by then
     found = []
     long = Sampling(900, 1.0)
     thread = threading.Thread(target=lambda: found.extend(call(lambda c: c.generate(PROMPT, 1, long, seeds=[1]))))
@@ -108,7 +109,7 @@ def test_a_running_request_goes_on_with_the_new_weights(call, sync, model_path, 
     before = log.read_text().count("Decode batch")
     while thread.is_alive() and log.read_text().count("Decode batch") == before:
         time.sleep(0.005)
-    sync.update(tensors(changed(model_path, 21)), 21)
+    sync.update(tensors(newer), 21)
     thread.join()
     versions = found[0].weight_versions
     assert set(versions) == {20, 21}

@@ -226,6 +226,10 @@ class TestContradictions:
             (["actor.optim.overlap_param_gather=true"], ["actor.optim.overlap_grad_reduce"]),
             (["rollout.urls=[ftp://a]"], ["rollout.urls", "ftp://a"]),
             (["rollout.urls=['localhost:30000']"], ["rollout.urls"]),
+            (["rollout.urls=['http://me:hunter2@a:1']"], ["rollout.urls", "user or password", "rollout.api_key_file"]),
+            (["rollout.server.extra_args=[--api-key, hunter2]"], ["extra_args", "--api-key", "rollout.api_key_file"]),
+            (["rollout.server.extra_args=['--api-key=hunter2']"], ["extra_args", "--api-key", "MAPO_API_KEY"]),
+            (["rollout.server.extra_args=[--admin-api, hunter2]"], ["extra_args", "--admin-api-key"]),
             (["rollout.urls=[http://a:1,http://a:1/]"], ["rollout.urls", "twice"]),
             (["rollout.server.port=65535", "rollout.server.count=2"], ["rollout.server.port", "rollout.server.count"]),
             (["rollout.sync.disk_dir=x"], ["rollout.sync.disk_dir", "rollout.sync.mode"]),
@@ -476,3 +480,18 @@ class TestShippedConfigs:
         assert not train & held_out
         assert train | held_out == {(a, b) for a in range(10) for b in range(10)}
         assert {(b, a) for a, b in held_out} <= train
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.urls=['http://me:hunter2@a:1']",
+        "rollout.urls=['me:hunter2@a:1']",
+        "rollout.server.extra_args=['--api-key=hunter2']",
+        "rollout.server.extra_args=[--api-key, hunter2]",
+    ],
+)
+def test_a_secret_that_is_refused_is_not_shown(override: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, ["model.path=m", "data.train=d", override])
+    assert "hunter2" not in str(refused.value)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_mapo import preemption
 from megatron_mapo.algorithms.advantages import estimate_advantages
 from megatron_mapo.algorithms.kl import rewards_with_kl
 from megatron_mapo.algorithms.metrics import rollout_metrics
 from megatron_mapo.config import KLEstimator, load_config
 from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch
-from megatron_mapo.errors import ConfigError
+from megatron_mapo.errors import ConfigError, Preempted
 from megatron_mapo.train import Clock, Trainer
 
 NEEDED = ["model.path=m", "data.train=d.jsonl"]
@@ -39,10 +40,6 @@ def scored_batch() -> SequenceBatch:
     batch = SequenceBatch.from_responses([[1]] * 8, [[2] * n for n in range(1, 9)], rewards=rewards, group_ids=ids)
     batch.extra[RIGHT] = batch.rewards >= 0.5
     return batch
-
-
-from megatron_mapo import preemption
-from megatron_mapo.errors import Preempted
 
 
 @pytest.mark.parametrize(("groups", "updates"), [(1, 1), (2, 2), (3, 3), (7, 3)])

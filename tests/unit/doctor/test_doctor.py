@@ -62,6 +62,9 @@ class TestCommand:
         names = {check["name"] for check in report["checks"]}
         assert names >= {"python", "torch", "megatron-core", "sglang", "transformers", "megatron-mapo"}
         assert names >= {"patch megatron_core", "patch sglang_cpu", "processor", "memory", "disk", "Slurm"}
+        patches = {check["name"]: check["detail"] for check in report["checks"] if check["name"].startswith("patch ")}
+        assert patches["patch megatron_core"].startswith("applied to")
+        assert patches["patch sglang_cpu"].startswith(("fits", "not needed"))
         assert names >= {"layout", "model.path", "data.train", "reward.name", "all-reduce (gloo)"}
         assert "server" not in names
         assert not (tmp_path / "not").exists(), "looking leaves nothing behind"
@@ -105,6 +108,10 @@ class TestVersions:
         assert_fails(only(versions.check(), "megatron-core"), "0.17.0", "==0.16.1")
         assert_fails(only(versions.check_patches(), "patch megatron_core"), "refused", "0.17.0")
 
+    def test_a_patch_that_cannot_be_applied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(versions, "_PATCHED", {"megatron_core": "raise ImportError('another megatron')"})
+        assert_fails(only(versions.check_patches(), "patch megatron_core"), "cannot be applied", "another megatron")
+
     def test_a_package_that_is_not_shown_appears_when_it_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "xxhash" not in {finding.name for finding in versions.check()}
         self.pretend(monkeypatch, "xxhash", None)
@@ -114,6 +121,7 @@ class TestVersions:
 
     def test_without_sglang(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pretend(monkeypatch, "sglang", None)
+        monkeypatch.setattr(versions, "_PATCHED", {})  # it is not about that one
         assert_fails(only(versions.check(), "sglang"), "not installed")
         assert_fails(only(versions.check_patches(), "patch sglang_cpu"), "refused")
 
@@ -146,7 +154,10 @@ class TestStorage:
 
     def test_several_nodes_and_a_local_disk(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         config = load_config(None, ["model.path=m", "data.train=d", f"run.output_dir={tmp_path}"])
-        assert all(finding.name != "shared filesystem" for finding in storage.check(config))
+        monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+        alone = only(storage.check(config), "shared filesystem")
+        assert alone.status is Status.ok
+        assert storage.filesystem(tmp_path) in alone.detail
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
         if storage.filesystem(tmp_path).startswith("nfs"):
             pytest.skip("temporary files are on a shared filesystem here")
@@ -182,6 +193,16 @@ class TestNetwork:
     def test_servers_that_are_not_there(self) -> None:
         config = load_config(None, ["model.path=m", "data.train=d", "rollout.urls=[http://127.0.0.1:9]"])
         assert_fails(only(network.check(config), "rollout.urls"), "http://127.0.0.1:9 does not answer")
+
+    def test_servers_of_a_file_are_asked_and_none_is_to_be_started(self, tmp_path: Path) -> None:
+        file = tmp_path / "servers"
+        file.write_text("http://127.0.0.1:9\n")
+        config = load_config(None, ["model.path=m", "data.train=d", f"rollout.urls_file={file}"])
+        found = list(network.check(config))
+        assert_fails(only(found, "rollout.urls_file"), "http://127.0.0.1:9 does not answer")
+        assert "rollout.server.port" not in {finding.name for finding in found}
+        file.write_text("here\n")
+        assert_fails(only(network.check(config), "rollout.urls_file"), "'here'")
 
     def test_no_slurm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nonexistent")
@@ -227,6 +248,13 @@ class TestNeeds:
         found = needs(*overrides, f"model.path={large}")
         assert_fails(only(found, "disk of the run"), "checkpoints take about")
         assert_fails(only(found, "memory of the run"), "are free")
+
+    def test_memory_is_for_servers_that_are_started_here(self, overrides: list[str], tmp_path: Path) -> None:
+        file = tmp_path / "servers"
+        file.write_text("http://127.0.0.1:9\n")
+        many = [*overrides, "rollout.server.count=1000000", "rollout.server.port=0"]
+        assert only(needs(*many), "memory of the run").status is Status.fails
+        assert only(needs(*many, f"rollout.urls_file={file}"), "memory of the run").status is Status.ok
 
     def test_a_model_that_the_servers_would_compute_otherwise(self, overrides: list[str], tmp_path: Path) -> None:
         windowed = make_tiny_model(tmp_path / "mistral", "mistral")

@@ -127,5 +127,9 @@ def test_a_file_of_servers(tmp_path) -> None:
     file.write_text("here:30000\n")
     with pytest.raises(RolloutError, match=r"rollout\.urls_file=.*'here:30000'"):
         read_urls_file(file)
+    file.write_text("http://me:hunter2@a:1\n")
+    with pytest.raises(RolloutError, match=r"rollout\.urls_file=.*user or password") as refused:
+        read_urls_file(file)
+    assert "hunter2" not in str(refused.value)
     with pytest.raises(RolloutError, match=r"rollout\.urls_file=.*No such file"):
         read_urls_file(tmp_path / "nowhere")
