@@ -280,18 +280,19 @@ def _continue(policy: Policy, batch: SequenceBatch, columns: dict[str, Tensor], 
     return found | {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
 
 
-def save_and_continue(case: dict[str, Any], folder: str, checkpoints: str, out: str) -> None:
-    """Two updates, a checkpoint, two more updates."""
-    config = read_config(str(Path(folder) / case["model"]), case["options"])
+def save_and_continue(cases: dict[str, dict[str, Any]], folder: str, out: str) -> None:
+    """Each case: two updates, a checkpoint in ``out/NAME``, two more updates."""
     batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
-    with layout(config) as ranks:
-        policy = open_policy(config, ranks, total_updates=4)
-        columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
-        _continue(policy, batch, columns, 2)
-        checkpoint.save(policy, ranks, Path(checkpoints), 2, {"cursor": [1, 2]}, keep=3)
-        found = _continue(policy, batch, columns, 2)
-        if ranks.is_main:
-            save_file({k: v.contiguous() for k, v in found.items()}, out)
+    for name, case in cases.items():
+        config = read_config(str(Path(folder) / case["model"]), case["options"])
+        with layout(config) as ranks:
+            policy = open_policy(config, ranks, total_updates=4)
+            columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
+            _continue(policy, batch, columns, 2)
+            checkpoint.save(policy, ranks, Path(out) / name, 2, {"cursor": [1, 2]}, keep=3)
+            found = _continue(policy, batch, columns, 2)
+            if ranks.is_main:
+                save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))
 
 
 def train_runs(cases: dict[str, dict[str, Any]], folder: str, runs: str) -> None:
@@ -319,7 +320,7 @@ def export_runs(runs: str) -> None:
 
 
 def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str, Any]:
-    """Each case: a fresh policy, the checkpoint, two updates. Returns the loop's state of each."""
+    """Each case: a fresh policy, the checkpoint, the same saved again, two updates. Returns each loop's state."""
     states = {}
     for name, case in cases.items():
         config = read_config(str(Path(folder) / case["model"]), case["options"])
@@ -328,10 +329,25 @@ def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str,
             policy = open_policy(config, ranks, total_updates=4)
             columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
             states[name] = checkpoint.load(policy, ranks, Path(case["checkpoint"]))
+            checkpoint.save(policy, ranks, Path(out) / name, 2, {}, keep=1)
             found = _continue(policy, batch, columns, 2)
             if ranks.is_main:
                 save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))
     return states
+
+
+def refused(cases: dict[str, dict[str, Any]], folder: str) -> dict[str, list[str]]:
+    """Type and message of what resuming each case raises on this rank."""
+    out = {}
+    for name, case in cases.items():
+        config = read_config(str(Path(folder) / case["model"]), case["options"])
+        with layout(config) as ranks:
+            try:
+                checkpoint.load(open_policy(config, ranks, total_updates=4), ranks, Path(case["checkpoint"]))
+                out[name] = ["", "nothing was raised"]
+            except MapoError as error:
+                out[name] = [type(error).__name__, str(error)]
+    return out
 
 
 def save_where_nothing_can_be_written(model: str, folder: str) -> list[str]:
