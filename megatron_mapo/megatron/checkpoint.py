@@ -414,26 +414,47 @@ def load_model(chunks: list[PolicyModel], path: Path) -> None:
         raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
 
 
+def _pieces(state: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """An optimizer's state, and those of the optimizers in it."""
+    return [state, *(state[i] for i in sorted(key for key in state if isinstance(key, int)))]
+
+
+def _torch_state(piece: dict[Any, Any]) -> dict[str, Any]:
+    """Groups and step of torch's optimizer; in float32 without the distributed optimizer there is nothing else."""
+    return piece.get("optimizer", piece)
+
+
+def _refuse_other_optimizer(saved: dict[Any, Any], is_distributed: bool) -> None:
+    """The distributed optimizer names its tensors and keeps its step otherwise than the plain one."""
+    was = any("param_state_sharding_type" in piece for piece in _pieces(saved))
+    if was != is_distributed:
+        raise CheckpointError(
+            f"it was written with actor.optim.distributed={str(was).lower()}, whose state the other optimizer cannot "
+            "read; set the key to that again"
+        )
+
+
 def _fit_parts(policy: Policy, state: dict[Any, Any]) -> dict[Any, Any]:
     """Give what was saved by one optimizer to two, or the other way round.
 
     With expert parallelism megatron has an optimizer for the experts beside that for all else. The tensors are
     found by their names; the rest (the step count, the groups' settings) is the same in both.
     """
-    if not policy.config.actor.optim.distributed:
-        return state
     parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-    saved = [state] if "optimizer" in state else [state[i] for i in sorted(k for k in state if isinstance(k, int))]
-    saved = [part for part in saved if "optimizer" in part]
+    saved = [p for p in _pieces(state) if any("lr_mult" in g for g in _torch_state(p).get("param_groups", []))]
     if len(saved) == len(parts):
         return state
-    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    groups = [group for piece in saved for group in _torch_state(piece)["param_groups"]]
     fitted = {}
     for i, part in enumerate(parts):
-        mine = part.optimizer.state_dict()["param_groups"]
-        common = {key: value for key, value in saved[0].items() if key != "param_state" and not isinstance(key, int)}
-        common["optimizer"] = {**common["optimizer"], "param_groups": [_settings_of(group, groups) for group in mine]}
-        fitted[i] = common | {"param_state": (state if len(parts) == 1 else state[i])["param_state"]}
+        own = state if len(parts) == 1 else state[i]
+        inner = _torch_state(saved[0]) | {
+            "param_groups": [_settings_of(group, groups) for group in part.optimizer.state_dict()["param_groups"]]
+        }
+        if "state" in _torch_state(own):
+            inner["state"] = _torch_state(own)["state"] | inner.get("state", {})
+        tensors = {key: own[key] for key in ("param_state", "fp32_from_fp16_params") if key in own}
+        fitted[i] = saved[0] | {"optimizer": inner} | tensors if "optimizer" in saved[0] else inner
     return fitted if len(parts) > 1 else fitted[0]
 
 
@@ -441,7 +462,7 @@ def _settings_of(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str
     """Those of a saved group with the same factors on rate and decay, for ``group``."""
     factors = ("wd_mult", "lr_mult", "is_decoupled_lr")
     same = next(s for s in saved if all(s.get(key) == group.get(key) for key in factors))
-    return {**same, "is_expert_parallel": group["is_expert_parallel"]}
+    return {**same, "is_expert_parallel": group["is_expert_parallel"], "params": group["params"]}
 
 
 def _settings_now(group: dict[str, Any]) -> dict[str, Any]:
@@ -480,6 +501,7 @@ def load(policy: Policy, runtime: Runtime, path: Path) -> dict[str, Any]:
     try:
         refuse_misfit(runtime, path, policy.config, policy.identity)
         common = dist_checkpointing.load_common_state_dict(str(path))
+        _refuse_other_optimizer(common["optimizer"], policy.config.actor.optim.distributed)
         contents = _sharded_state(policy, runtime, is_loading=True)
         if common["world_size"] != runtime.world_size:
             del contents["rng"]

@@ -6,8 +6,10 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_mapo.algorithms.aggregation import token_weights
-from megatron_mapo.algorithms.metrics import update_metrics
+from megatron_mapo.algorithms.correction import corrects
+from megatron_mapo.algorithms.metrics import correction_metrics, mismatch_metrics, update_metrics
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.checkpoint_files import Retention
 from megatron_mapo.config import Config, load_config, to_yaml
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.errors import MapoError
 from megatron_mapo.export import export_run
-from megatron_mapo.megatron import checkpoint, runtime
+from megatron_mapo.megatron import checkpoint, optimizer, runtime
 from megatron_mapo.megatron.hf import named_weights
 from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.logprobs import chunked_logprobs
@@ -46,6 +49,10 @@ BASE = [
     "actor.optim.clip_grad=0.5",
     "trainer.threads=1",
 ]
+ZEROS = [0, 1, 2, 6]
+"""Sequences of the frozen batch whose advantages are 0 where a case asks for it: a group, and one of another group."""
+BUCKET = 10_000
+"""Numbers after which a gradient bucket is full, where reduction overlaps. megatron's own is 40 million: one bucket."""
 
 
 def read_config(model: str, options: list[str]) -> Config:
@@ -61,6 +68,19 @@ def layout(config: Config) -> Iterator[Runtime]:
         yield found
     finally:
         runtime.parallel_state.destroy_model_parallel()
+
+
+def open_policy(config: Config, ranks: Runtime, total_updates: int) -> Policy:
+    """A policy whose reductions, where they overlap, go over several buckets, as those of a large model do."""
+    small = partial(optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
+    with mock.patch.object(optimizer, "DistributedDataParallelConfig", small):
+        policy = Policy(config, ranks, config.model.path, total_updates)
+    # megatron cuts those of the first stage's first chunk alone.
+    if config.actor.optim.overlap_grad_reduce and runtime.parallel_state.is_pipeline_first_stage():
+        first = policy.ddp[0]
+        for buffer in first.buffers + first.expert_parallel_buffers:
+            assert len(buffer.buckets) > 2, "one bucket would overlap with nothing"
+    return policy
 
 
 def columns_of(policy: Policy, batch: SequenceBatch, fixed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,16 +120,26 @@ def logged_metrics(
 ) -> dict[str, Tensor]:
     """What the loop logs of an update, over the tokens that took part in it."""
     said = {name: column[scores.computed] for name, column in columns.items()}
+    logprobs, actor = scores.logprobs[scores.computed], policy.config.actor
+    sequences = TokenSequences(batch.response_sequence[scores.computed], len(batch))
     metrics = update_metrics(
-        scores.logprobs[scores.computed],
+        logprobs,
         said["old_logprobs"],
         said["advantages"],
         scores.entropy[scores.computed],
-        policy.config.actor.loss,
+        actor.loss,
         ref_logprobs=said.get("ref_logprobs"),
-        sequences=TokenSequences(batch.response_sequence[scores.computed], len(batch)),
+        sequences=sequences,
     )
+    if corrects(actor.correction):
+        metrics |= correction_metrics(said["old_logprobs"], said["rollout_logprobs"], actor.correction, sequences)
+    metrics |= mismatch_metrics(logprobs, said["rollout_logprobs"])
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+
+
+def only(scores: TokenScores, tokens: Tensor) -> TokenScores:
+    """Scores of ``tokens`` alone, as if the others had not been computed."""
+    return TokenScores(scores.logprobs * tokens, scores.entropy * tokens, scores.computed & tokens)
 
 
 def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
@@ -117,6 +147,8 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     config = read_config(str(folder / case["model"]), case["options"])
     batch = SequenceBatch.load(folder / "batch.safetensors")
     fixed = load_file(folder / f"columns_{case['model']}.safetensors")
+    if case["zeros"]:
+        fixed["advantages"][torch.isin(batch.response_sequence, torch.tensor(ZEROS))] = 0
     if case["rows"] is not None:
         few = torch.tensor(case["rows"])
         batch, fixed, _ = reorder(batch, fixed, few)
@@ -125,18 +157,19 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     batch, fixed, place = reorder(batch, fixed, order)
     found: dict[str, Tensor] = {}
     with layout(config) as ranks:
-        policy = Policy(config, ranks, config.model.path, total_updates=4)
+        policy = open_policy(config, ranks, total_updates=4)
         columns = columns_of(policy, batch, fixed)
         part = (order % 2 == 0).nonzero().flatten()
         found["0.grad_norm.part"] = torch.tensor(policy.gradient_norm(batch, columns, part), dtype=torch.float64)
+        active = columns["advantages"] != 0
+        rows = batch.response_sequence[active].unique() if case["zeros"] == "left out" else None
         for k in range(2):
-            result = policy.update(batch, columns)
+            result = policy.update(batch, columns, rows)
+            scores = only(result.scores, active) if case["zeros"] == "updated" else result.scores
             found[f"{k}.loss"] = torch.tensor(result.loss, dtype=torch.float64)
             found[f"{k}.grad_norm"] = torch.tensor(result.grad_norm, dtype=torch.float64)
-            found |= scores_in_place(f"{k}.scores", result.scores, place)
-            found |= {
-                f"{k}.metric.{name}": v for name, v in logged_metrics(policy, batch, result.scores, columns).items()
-            }
+            found |= scores_in_place(f"{k}.scores", scores, place)
+            found |= {f"{k}.metric.{name}": v for name, v in logged_metrics(policy, batch, scores, columns).items()}
         # Before a forward pass, which would gather what overlap_param_gather has left for it.
         found |= {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
         found |= scores_in_place("after", policy.log_probs(batch), place)
@@ -251,18 +284,19 @@ def _continue(policy: Policy, batch: SequenceBatch, columns: dict[str, Tensor], 
     return found | {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
 
 
-def save_and_continue(case: dict[str, Any], folder: str, checkpoints: str, out: str) -> None:
-    """Two updates, a checkpoint, two more updates."""
-    config = read_config(str(Path(folder) / case["model"]), case["options"])
+def save_and_continue(cases: dict[str, dict[str, Any]], folder: str, out: str) -> None:
+    """Each case: two updates, a checkpoint in ``out/NAME``, two more updates."""
     batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
-    with layout(config) as ranks:
-        policy = Policy(config, ranks, config.model.path, total_updates=4)
-        columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
-        _continue(policy, batch, columns, 2)
-        checkpoint.save(policy, ranks, Path(checkpoints), 2, {"cursor": [1, 2]}, keep=3)
-        found = _continue(policy, batch, columns, 2)
-        if ranks.is_main:
-            save_file({k: v.contiguous() for k, v in found.items()}, out)
+    for name, case in cases.items():
+        config = read_config(str(Path(folder) / case["model"]), case["options"])
+        with layout(config) as ranks:
+            policy = open_policy(config, ranks, total_updates=4)
+            columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
+            _continue(policy, batch, columns, 2)
+            checkpoint.save(policy, ranks, Path(out) / name, 2, {"cursor": [1, 2]}, keep=3)
+            found = _continue(policy, batch, columns, 2)
+            if ranks.is_main:
+                save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))
 
 
 def train_runs(cases: dict[str, dict[str, Any]], folder: str, runs: str) -> None:
@@ -273,7 +307,7 @@ def train_runs(cases: dict[str, dict[str, Any]], folder: str, runs: str) -> None
         model = Path(folder) / case["model"]
         config = read_config(str(model), [*case["options"], f"run.name={name}"])
         with layout(config) as ranks:
-            policy = Policy(config, ranks, model, total_updates=4)
+            policy = open_policy(config, ranks, total_updates=4)
             columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
             policy.update(batch, columns)
             checkpoint.save(policy, ranks, run_dir / "checkpoints", 1, {}, keep=1)
@@ -292,15 +326,16 @@ def export_runs(runs: str) -> None:
 
 
 def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str, Any]:
-    """Each case: a fresh policy, the checkpoint, two updates. Returns the loop's state of each."""
+    """Each case: a fresh policy, the checkpoint, the same saved again, two updates. Returns each loop's state."""
     states = {}
     for name, case in cases.items():
         config = read_config(str(Path(folder) / case["model"]), case["options"])
         batch = SequenceBatch.load(Path(folder) / "batch.safetensors")
         with layout(config) as ranks:
-            policy = Policy(config, ranks, config.model.path, total_updates=4)
+            policy = open_policy(config, ranks, total_updates=4)
             columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
             states[name] = checkpoint.load(policy, ranks, Path(case["checkpoint"]))
+            checkpoint.save(policy, ranks, Path(out) / name, 2, {}, keep=1)
             found = _continue(policy, batch, columns, 2)
             if ranks.is_main:
                 save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))
@@ -337,6 +372,20 @@ def keep_reference(cases: dict[str, list[str]], folder: str, out: str) -> dict[s
                 found[f"weights, {what}"] = all(torch.equal(v, weights[n]) for n, v in policy.named_weights())
             wrong[name] = [what for what, holds in found.items() if not holds]
     return wrong
+
+
+def refused(cases: dict[str, dict[str, Any]], folder: str) -> dict[str, list[str]]:
+    """Type and message of what resuming each case raises on this rank."""
+    out = {}
+    for name, case in cases.items():
+        config = read_config(str(Path(folder) / case["model"]), case["options"])
+        with layout(config) as ranks:
+            try:
+                checkpoint.load(open_policy(config, ranks, total_updates=4), ranks, Path(case["checkpoint"]))
+                out[name] = ["", "nothing was raised"]
+            except MapoError as error:
+                out[name] = [type(error).__name__, str(error)]
+    return out
 
 
 def save_where_nothing_can_be_written(model: str, folder: str) -> list[str]:

@@ -68,15 +68,18 @@ class Case:
     permute: bool = False
     lora: bool = False
     dtype: str = "float32"
+    zeros: str = ""
+    """Some advantages are 0, and these sequences are ``updated`` or ``left out``."""
 
     @property
     def reference(self) -> str:
         rows = "all" if self.rows is None else f"{len(self.rows)} rows"
-        return f"{self.model}-{self.loss}-{rows}{'-lora' if self.lora else ''}"
+        return f"{self.model}-{self.loss}-{rows}{'-lora' if self.lora else ''}{'-zeros' if self.zeros else ''}"
 
     def as_reference(self) -> Case:
-        """The same in one process."""
-        return Case(1, self.model, self.loss, [], self.rows, lora=self.lora, dtype=self.dtype)
+        """The same in one process, with every sequence in the update."""
+        zeros = "updated" if self.zeros else ""
+        return Case(1, self.model, self.loss, [], self.rows, lora=self.lora, dtype=self.dtype, zeros=zeros)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -115,6 +118,9 @@ CASES = {
     "dp2-gspo-permuted": Case(2, "llama", "gspo", SMALL, permute=True),
     "cp2-gmpo": Case(2, "llama", "gmpo", CP),
     "pp2-gmpo": Case(2, "llama_untied", "gmpo", PP + SMALL),
+    "cp2-permuted": Case(2, "llama_untied", "sequence_kl", CP + SMALL, permute=True),
+    "ep2-permuted": Case(2, "qwen3_moe", "sequence_kl", EP + SMALL, permute=True),
+    "dp2-zeros-left-out": Case(2, "llama", "token", SMALL, zeros="left out"),
     "tp2-cp2": Case(4, "llama", "token", TP + CP),
     "tp2-pp2": Case(4, "llama", "token", TP + PP + SMALL),
 }
@@ -144,6 +150,7 @@ SLOW_CASES = {
     "dp2-vpp2-overlap": Case(4, "deep", "sequence_kl", [*VPP, *SMALL, "actor.optim.overlap_grad_reduce=true"]),
     "cp2-vpp2": Case(4, "deep_tied", "token", CP + VPP + SMALL),
     "ep2-mixtral": Case(2, "mixtral", "token", EP),
+    "cp2-gspo-zeros-left-out": Case(2, "llama_untied", "gspo", CP + SMALL, zeros="left out"),
     "ep2-cp2": Case(2, "qwen3_moe", "sequence_kl", EP + CP + SMALL),
     "tp2-sp-etp2": Case(2, "qwen3_moe", "sequence_kl", TP + SP + ETP),
     "ep2-plain-optimizer": Case(2, "qwen3_moe", "sequence_kl", [*EP, "actor.optim.distributed=false"]),
@@ -162,6 +169,18 @@ SLOW_CASES = {
     "cp4": Case(4, "llama", "token", ["actor.parallel.context=4"]),
     "dp4-fillers": Case(4, "llama", "token", [], rows=FEW),
 }
+
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.1}
+"""Largest difference from one process, as a share of the largest value."""
+WIDER = {"tp2-sp-gemma3": 0.2, "lora-tp2": 0.2}
+"""In bfloat16, of cases that amplify rounding more: embeddings that are scaled up, adapters at a large rate."""
+HALF_CASES = ("small-microbatches", "tp2-sp", "pp2-tied", "vpp2", "cp2", "ep2", "dp2-permuted")
+"""What the tests train in bfloat16 too; ``layout_table.py`` does so with all."""
+
+
+def bound_of(name: str, dtype: str) -> float:
+    """Of a case, in this type."""
+    return WIDER.get(name, BOUNDS[dtype]) if dtype == "bfloat16" else BOUNDS[dtype]
 
 
 def run_cases(launcher: Launcher, cases: dict[str, Case], frozen: Path, out: Path) -> None:
@@ -214,24 +233,23 @@ def assert_equal_runs(found: dict[str, Tensor], expected: dict[str, Tensor], bou
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_layout_trains_like_one_process(name: str, trained: Callable[[str], dict[str, Tensor]]) -> None:
-    assert_equal_runs(trained(name), trained(CASES[name].reference), 1e-5)
+    assert_equal_runs(trained(name), trained(CASES[name].reference), BOUNDS["float32"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_CASES)
 def test_a_rarer_layout_trains_like_one_process(name: str, trained_slow: Callable[[str], dict[str, Tensor]]) -> None:
-    assert_equal_runs(trained_slow(name), trained_slow(SLOW_CASES[name].reference), 1e-5)
+    assert_equal_runs(trained_slow(name), trained_slow(SLOW_CASES[name].reference), BOUNDS["float32"])
 
 
 @pytest.mark.slow
 def test_in_bfloat16_layouts_differ_by_rounding(launcher: Launcher, frozen: Path, tmp_path: Path) -> None:
     """A stated bound: a tenth of the largest value, after two updates; what is wrong is off by its own size."""
-    names = ("small-microbatches", "tp2-sp", "pp2-tied", "vpp2", "cp2", "ep2", "dp2-permuted")
-    cases = {name: replace(CASES[name], dtype="bfloat16") for name in names}
+    cases = {name: replace(CASES[name], dtype="bfloat16") for name in HALF_CASES}
     run_cases(launcher, cases, frozen, tmp_path)
     for name, case in cases.items():
         found, expected = (load_file(tmp_path / f"{run}.safetensors") for run in (name, case.reference))
-        assert_equal_runs(found, expected, 0.1)
+        assert_equal_runs(found, expected, bound_of(name, "bfloat16"))
 
 
 @pytest.mark.parametrize("name", sorted({case.reference for case in CASES.values()}))
@@ -250,7 +268,7 @@ def test_the_updates_are_worth_comparing(name: str, frozen: Path, trained: Calla
     assert found["0.loss"] != found["1.loss"]
     if "all" in name:
         old = load_file(frozen / f"columns_{model}.safetensors")["old_logprobs"]
-        ratio = (found["0.scores.logprobs"] - old).exp()
+        ratio = (found["0.scores.logprobs"] - old).exp()[found["0.scores.computed"]]
         assert (ratio > 1.2).any()
         assert (ratio < 0.8).any()
         assert ((ratio > 0.8) & (ratio < 1.2)).any()
