@@ -12,44 +12,85 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import environment, rows
+from runs import command, environment, rows
+from runs import run as run_command
 
+from megatron_mapo.checkpoint_files import complete_checkpoints
 from megatron_mapo.launch.environment import free_port
 
 
 def wait_for(holds: Callable[[], object], agents: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not holds():
         assert all(agent.poll() is None for agent in agents), "an agent ended early"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
+def numbers(folder: Path) -> list[dict]:
+    """What a run logged, but for clocks and the last bits of the server's log-probs."""
+    varies = ("time", "seconds", "speed", "memory", "mismatch", "servers", "rollout")
+    return [{k: v for k, v in row.items() if not k.startswith(varies)} for row in rows(folder / "metrics.jsonl")]
+
+
+def kill(agent: subprocess.Popen, *, whole: bool) -> None:
+    """SIGKILL to the rank of an agent, and to the agent itself, as when its machine is gone."""
+    (rank,) = psutil.Process(agent.pid).children()
+    if whole:
+        agent.kill()
+        agent.wait()
+    os.kill(rank.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_two_agents_start_their_ranks_again_after_one_was_killed(
+@pytest.mark.timeout(1200)
+def test_two_agents_go_on_after_a_rank_and_an_agent_were_killed_and_save_when_they_are_asked_to_end(
     workspace: Path, server_url: str, tmp_path: Path
 ) -> None:
     run, port = workspace / "runs/elastic", free_port()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
-    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic"]
-    overrides = [f"rollout.urls=[{server_url}]", "run.name=elastic", "trainer.steps=12"]
-    train = ["-m", "megatron_mapo.train", "--config", str(workspace / "config.yaml"), *overrides]
-    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=5"]
+    torchrun += ["--shutdown-timeout=200", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    overrides = [f"rollout.urls=[{server_url}]", "trainer.steps=16"]
+    train = ["-m", "megatron_mapo.train", "--config", str(workspace / "config.yaml"), *overrides, "run.name=elastic"]
+    logs: list[Path] = []
     agents: list[subprocess.Popen] = []
+
+    def start(life: str) -> subprocess.Popen:
+        logs.append(tmp_path / f"{len(logs)}.log")
+        with open(logs[-1], "wb") as output:
+            arguments = [*torchrun, f"--rdzv-id={life}", *train]
+            return subprocess.Popen(arguments, env=environment(), stdout=output, stderr=output)
+
+    def printed() -> str:
+        return "".join(log.read_text() for log in logs)
+
+    def saved() -> int:
+        return max((step for step, _ in complete_checkpoints(run / "checkpoints")), default=0)
+
     try:
-        for log in logs:
-            with open(log, "wb") as output:
-                command = [*torchrun, *rendezvous, *train]
-                agents.append(subprocess.Popen(command, env=environment(), stdout=output, stderr=output))
-        wait_for(lambda: (run / "checkpoints/step_000002").is_dir(), agents)
-        (victim,) = psutil.Process(agents[1].pid).children()
-        os.kill(victim.pid, signal.SIGKILL)
-        codes = [agent.wait(timeout=200) for agent in agents]
+        agents += [start("first"), start("first")]
+        wait_for(lambda: saved() >= 2, agents)
+        kill(agents[1], whole=False)
+        before = saved()
+        wait_for(lambda: saved() > before + 1, agents)
+        kill(agents[1], whole=True)
+        before = saved()
+        agents[1] = start("first")
+        wait_for(lambda: saved() > before + 1, agents)
+        for agent in agents:
+            agent.terminate()
+        ended = [agent.wait(timeout=300) for agent in agents]
+        assert 0 not in ended, printed()[-4000:]
+        assert saved() == len(rows(run / "metrics.jsonl")) < 16, printed()[-4000:]
+        assert "ended by a signal, saved after step" in printed()
+        agents = [start("second"), start("second")]
+        codes = [agent.wait(timeout=300) for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
             agent.wait()
-    printed = "".join(log.read_text() for log in logs)
-    assert codes == [0, 0], printed[-4000:]
-    assert "resuming from" in printed
-    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
+    assert codes == [0, 0], printed()[-4000:]
+    assert printed().count("resuming from") >= 3
+    undisturbed = run_command(command(workspace, *overrides, "run.name=two-ranks", processes=2))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert numbers(run) == numbers(workspace / "runs/two-ranks")

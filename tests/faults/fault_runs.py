@@ -179,7 +179,7 @@ def run_case(case: Case, workspace: Path) -> Outcome:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         try:
-            code = process.wait(timeout=240)
+            code = process.wait(timeout=420)  # a minute, where nothing else runs
         finally:
             process.kill()
     return outcome_of([code], log.read_text(), marker, folder, time.time())
