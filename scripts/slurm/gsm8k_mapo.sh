@@ -7,7 +7,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@900       # this long before the limit: one step, one evaluation and one checkpoint must fit in
+#SBATCH --signal=B:USR1@900       # this long before the limit: one step (or evaluation) and one checkpoint must fit in
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
