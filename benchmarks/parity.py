@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import statistics
 import subprocess
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 from environment import HERE, prepare
 from machine import describe_machine, machine_lines, usable_cores
-from report import markdown_table, write_results
+from report import RESULTS, markdown_table, write_results
 from torch import Tensor
 
 from megatron_mapo.algorithms.advantages import estimate_advantages
+from megatron_mapo.algorithms.aggregation import token_weights
 from megatron_mapo.algorithms.policy_loss import LossInputs, policy_loss
 from megatron_mapo.algorithms.token_sequences import TokenSequences
 from megatron_mapo.config import (
@@ -60,6 +62,9 @@ ADVANTAGES = {
     "trl_batch": (AdvNormConfig("lite_ppo", Std.unbiased, 1e-4), "std=unbiased, eps=1e-4"),
     "trl_none": (AdvNormConfig("center"), ""),
 }
+VERL = [name for name in ADVANTAGES if not name.startswith("trl_")]
+EVEN, UNEVEN = "right or wrong, groups of one size", "graded, uneven groups in random order"
+"""Batches of rewards. TRL's lines need groups of one size, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +78,30 @@ class Case:
 
 
 TOKEN, SEQUENCE, CONSTANT = LossAggregation.token, LossAggregation.sequence, LossAggregation.constant
-TIS = CorrectionConfig(weight=CorrectionWeight.token, weight_max=2.0)
+BY_TOKEN, BY_SEQUENCE = CorrectionWeight.token, CorrectionWeight.sequence
+TIS = CorrectionConfig(weight=BY_TOKEN, weight_max=2.0)
+ICEPOP = CorrectionConfig(weight=BY_TOKEN, weight_max=None, mask_low=0.5, mask_high=2.0)
 CASES = {
     "GRPO": Case(LossConfig(aggregation=SEQUENCE), "grpo", "vanilla"),
     "GRPO with KL (k3)": Case(LossConfig(aggregation=TOKEN, kl_coef=0.1), "dapo", "vanilla"),
+    "KL (k1)": Case(LossConfig(aggregation=SEQUENCE, kl_coef=0.1, kl_estimator=KLEstimator.k1), None, "vanilla"),
+    "KL (k2)": Case(LossConfig(aggregation=TOKEN, kl_coef=0.1, kl_estimator=KLEstimator.k2), None, "vanilla"),
     "KL weighted by the ratio": Case(
         LossConfig(aggregation=SEQUENCE, kl_coef=0.1, kl_estimator=KLEstimator.k3_unbiased), "grpo", None
     ),
     "DAPO": Case(LossConfig(aggregation=TOKEN, clip_high=0.28), "dapo", "vanilla"),
     "Dr. GRPO": Case(LossConfig(aggregation=CONSTANT), "dr_grpo", "vanilla"),
-    "dual clip": Case(LossConfig(aggregation=TOKEN, dual_clip=1.3), None, "vanilla"),
+    "entropy bonus": Case(LossConfig(aggregation=TOKEN, entropy_coef=0.1), "dapo", "vanilla"),
+    "entropy bonus, mean over responses": Case(LossConfig(aggregation=SEQUENCE, entropy_coef=0.1), None, "vanilla"),
+    "dual clip": Case(LossConfig(aggregation=TOKEN, dual_clip=1.3), "dapo", "vanilla"),
     "truncated importance sampling": Case(LossConfig(aggregation=TOKEN), "dapo", "vanilla", TIS),
+    "importance sampling by response": Case(
+        LossConfig(aggregation=SEQUENCE), "grpo", "vanilla", CorrectionConfig(weight=BY_SEQUENCE, weight_max=2.0)
+    ),
+    "IcePop": Case(LossConfig(aggregation=TOKEN), "dapo", "vanilla", ICEPOP),
+    "rejection of responses": Case(
+        LossConfig(aggregation=TOKEN), None, "vanilla", CorrectionConfig(reject_low=0.8, reject_high=1.25)
+    ),
     "CISPO": Case(LossConfig(objective=Objective.cispo, clip_low=1.0, clip_high=0.1), "cispo", "cispo"),
     "GSPO": Case(
         LossConfig(objective=Objective.gspo, aggregation=SEQUENCE, clip_low=0.03, clip_high=0.04), "grpo", "gspo"
@@ -116,12 +134,21 @@ def make_tokens(seed: int) -> dict[str, Tensor]:
     }
 
 
-def token_weight(mask: Tensor, aggregation: LossAggregation) -> Tensor:
-    """``[N, L]``: weights of the loss, as ``megatron.policy.token_weights`` makes them."""
-    lengths, n = mask.sum(1, keepdim=True), len(mask)
-    if aggregation is TOKEN:
-        return mask / mask.sum()
-    return mask / (n * lengths) if aggregation is SEQUENCE else mask / (n * mask.shape[1])
+def make_rewards(seed: int) -> dict[str, dict[str, Tensor]]:
+    """Rewards, group ids and a mask of one token a response, of each batch of rewards."""
+    g = torch.Generator().manual_seed(seed)
+    even = (torch.rand(GROUPS, GROUP, generator=g) < torch.rand(GROUPS, 1, generator=g)).double().flatten()
+    sizes = torch.randint(2, 2 * GROUP, (GROUPS,), generator=g)
+    ids = torch.arange(GROUPS).repeat_interleave(sizes)
+    ids = ids[torch.randperm(len(ids), generator=g)]
+    graded = torch.rand(len(ids), dtype=torch.float64, generator=g)
+    return {
+        name: {"rewards": rewards, "ids": group, "mask": torch.ones(len(rewards), 1, dtype=torch.float64)}
+        for name, rewards, group in (
+            (EVEN, even, torch.arange(GROUPS).repeat_interleave(GROUP)),
+            (UNEVEN, graded, ids),
+        )
+    }
 
 
 def our_loss(case: Case, x: dict[str, Tensor]) -> tuple[float, Tensor]:
@@ -132,12 +159,14 @@ def our_loss(case: Case, x: dict[str, Tensor]) -> tuple[float, Tensor]:
     inputs = LossInputs(
         x["old"][keep],
         x["advantages"][:, None].expand_as(keep)[keep],
-        token_weight(x["mask"], case.config.aggregation)[keep],
+        token_weights(keep.sum(1), case.config.aggregation, keep.shape[1]),
         x["ref"][keep],
         x["rollout"][keep],
         TokenSequences(sequences, len(keep)),
     )
-    loss = policy_loss(logprobs[keep], inputs, case.config, case.correction)
+    # Its gradient is part of what is compared: an entropy that follows from the log-probs.
+    entropy = -(logprobs * logprobs.exp())
+    loss = policy_loss(logprobs[keep], inputs, case.config, case.correction, entropy[keep])
     loss.backward()
     assert logprobs.grad is not None
     return loss.item(), logprobs.grad
@@ -145,10 +174,11 @@ def our_loss(case: Case, x: dict[str, Tensor]) -> tuple[float, Tensor]:
 
 def portable(case: Case) -> dict[str, Any]:
     """A case as plain values."""
-    fields = dataclasses.asdict(case.config)
-    config = {k: str(v.value) if hasattr(v, "value") else v for k, v in fields.items()}
-    config["weight_max"] = case.correction.weight_max if case.correction.weight is not CorrectionWeight.none else None
-    return {"config": config, "trl": case.trl, "verl": case.verl}
+    config, correction = (
+        {k: str(v.value) if hasattr(v, "value") else v for k, v in dataclasses.asdict(section).items()}
+        for section in (case.config, case.correction)
+    )
+    return {"config": config, "correction": correction, "trl": case.trl, "verl": case.verl}
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -189,24 +219,24 @@ def ask_peers(inputs: dict[str, Any]) -> dict[str, Any]:
 def compare(size: int, runs: int) -> dict[str, Any]:
     """All numbers: distances of advantages and losses, and seconds."""
     x, g = make_tokens(seed=0), torch.Generator().manual_seed(1)
-    rewards = (torch.rand(GROUPS, GROUP, generator=g) < torch.rand(GROUPS, 1, generator=g)).double().flatten()
-    ids = torch.arange(GROUPS).repeat_interleave(GROUP)
+    rewards = make_rewards(seed=2)
     many = (torch.rand(size, generator=g) < 0.4).float()
     many_ids, threads = torch.arange(size) // GROUP, usable_cores()
-    verl_estimators = [name for name in ADVANTAGES if not name.startswith("trl_")]
     theirs = ask_peers(
         {
-            "advantages": {"rewards": rewards, "ids": ids, "mask": torch.ones(len(rewards), 1, dtype=torch.float64)},
-            "group": GROUP,
-            "verl_estimators": verl_estimators,
+            "advantages": {EVEN: rewards[EVEN] | {"group": GROUP}, UNEVEN: rewards[UNEVEN] | {"group": None}},
+            "verl_estimators": VERL,
             "cases": {name: portable(case) for name, case in CASES.items()},
             "tokens": x,
             "speed": {"rewards": many, "ids": many_ids, "group": GROUP, "threads": threads, "runs": runs},
         }
     )
     advantages = {
-        name: distance(estimate_advantages(rewards, ids, config), theirs["advantages"][name])
-        for name, (config, _) in ADVANTAGES.items()
+        batch: {
+            name: distance(estimate_advantages(x["rewards"], x["ids"], ADVANTAGES[name][0]), found)
+            for name, found in theirs["advantages"][batch].items()
+        }
+        for batch, x in rewards.items()
     }
     losses: dict[str, dict[str, list[float]]] = {}
     for name, case in CASES.items():
@@ -230,8 +260,11 @@ def to_markdown(result: dict[str, Any]) -> str:
         )
     }
     advantages = [
-        [f"`{name}`", f"`{ADVANTAGES[name][0].aggregation_mode}`", ADVANTAGES[name][1] or "none", f"{far:.0e}"]
-        for name, far in result["advantages"].items()
+        [
+            *(f"`{name}`", f"`{config.aggregation_mode}`", convention or "none"),
+            *(f"{found[name]:.0e}" if name in found else "–" for found in result["advantages"].values()),
+        ]
+        for name, (config, convention) in ADVANTAGES.items()
     ]
     losses = [
         [name, *(f"{max(found[peer]):.0e}" if peer in found else "–" for peer in ("trl", "verl"))]
@@ -249,9 +282,13 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
             "## Advantages",
             "",
-            f"{GROUPS} groups of {GROUP}, right-or-wrong rewards, some groups all-equal.",
+            f"{GROUPS} groups: of {GROUP} with right-or-wrong rewards, some of them all-equal; and of 2 to",
+            f"{2 * GROUP - 1} with graded rewards, in random order, which TRL's lines do not take.",
             "",
-            *markdown_table(["theirs", "ours", "set to their convention", "difference"], advantages),
+            *markdown_table(
+                ["theirs", "ours", "set to their convention", *result["advantages"]],
+                advantages,
+            ),
             "",
             "Not compared, because they differ by definition:",
             "",
@@ -269,8 +306,19 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
             *markdown_table(["loss", f"TRL {pins['trl']}", f"verl {pins['verl']}"], losses),
             "",
-            "verl adds 1e-8 to lengths in means over responses. TRL rounds SAPO's temperatures to float32; they are",
-            "set to values that are exact there.",
+            "Settings that differ from a peer's defaults, so that both compute the same:",
+            "",
+            "- verl always clips twice, by default with `clip_ratio_c=3.0`: here it is out of reach (1e9), but in",
+            "  `dual clip`, where TRL's `delta` does the same.",
+            "- TRL corrects for the server by default: `sequence_mask` with `clip_max=3.0` weighs a response by its",
+            "  ratio, 0 above 3. There is none such here. Compared are `token_truncate`, `sequence_truncate` and",
+            "  `token_mask`.",
+            "- TRL weights the KL by the ratio by default (`use_bias_correction_kl=True`): that is `KL weighted by the",
+            "  ratio`; it is off in `GRPO with KL (k3)`.",
+            "- TRL's entropy bonus is a mean over tokens with every loss; verl's and ours follow the loss.",
+            "- verl takes rejected responses out of the averages, here they count: its mask enters as a weight.",
+            "- verl's k3 is at most 10 a token. verl adds 1e-8 to lengths in means over responses. TRL rounds SAPO's",
+            "  temperatures to float32; they are set to values that are exact there.",
             "",
             "## Time",
             "",
@@ -295,16 +343,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", type=int, default=1_000_000, help="rewards of the timing, a multiple of 8")
     parser.add_argument("--runs", type=int, default=9, help="timed runs")
+    parser.add_argument(
+        "--keep-times", action="store_true", help="compare only; times and their machine stay those of the results"
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     machine = describe_machine()
-    result = compare(arguments.rewards // GROUP * GROUP, arguments.runs) | {"machine": machine}
+    if arguments.keep_times:
+        found = compare(GROUP, 1)
+        measured = json.loads((RESULTS / "parity.json").read_text())
+        result = measured | {name: found[name] for name in ("advantages", "losses")}
+    else:
+        result = compare(arguments.rewards // GROUP * GROUP, arguments.runs) | {"machine": machine}
     page = to_markdown(result)
     if arguments.no_write:
         print(page)
     else:
         write_results("parity", result, page)
-    far = [n for n, d in result["advantages"].items() if not d < TOLERANCE]
+    far = [
+        f"{n} ({batch})" for batch, found in result["advantages"].items() for n, d in found.items() if not d < TOLERANCE
+    ]
     far += [
         f"{n} ({peer})" for n, found in result["losses"].items() for peer, d in found.items() if not max(d) < TOLERANCE
     ]

@@ -24,6 +24,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights, compute_rollout_rejection_mask
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 TRL_STD_EPS = 1e-4  # fixed in its trainer
@@ -53,6 +54,37 @@ def trl_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
     return advantages / (std + TRL_STD_EPS)
 
 
+def verl_weights(correction: dict[str, Any], x: dict[str, Tensor]) -> Tensor | None:
+    """``[N, L]``: its weights for the difference between server and trainer; its rejection as weights 0 and 1."""
+    log_ratio, c = x["old"] - x["rollout"], correction
+    if c["reject_low"] is not None:
+        # Its bounds are of the inverse ratio.
+        bounds = f"{1 / c['reject_high']}_{1 / c['reject_low']}"
+        return compute_rollout_rejection_mask(log_ratio, x["mask"], "seq_mean_k1", bounds)[0]
+    if c["weight"] == "none":
+        return None
+    bound = c["weight_max"] if c["mask_low"] is None else f"{c['mask_low']}_{c['mask_high']}"
+    return compute_rollout_correction_weights(log_ratio, x["mask"], c["weight"], bound)[0]
+
+
+def trl_weights(correction: dict[str, Any], x: dict[str, Tensor]) -> Tensor | None:
+    """``[N, L]`` or ``[N, 1]``: the lines of ``GRPOTrainer._generate_and_score_completions``."""
+    if correction["weight"] == "none":
+        return None
+    difference = (x["old"] - x["rollout"]) * x["mask"]
+    if correction["weight"] == "sequence":
+        difference = difference.sum(dim=-1, keepdim=True)
+    ratio = torch.exp(difference)
+    if correction["mask_low"] is None:
+        return torch.clamp(ratio, max=correction["weight_max"])
+    return ratio.masked_fill((ratio < correction["mask_low"]) | (ratio > correction["mask_high"]), value=0.0)
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """The entropy that ``parity.py`` gives its tokens."""
+    return -(logprobs * logprobs.exp())
+
+
 def verl_loss(case: dict[str, Any], x: dict[str, Tensor], logprobs: Tensor) -> Tensor:
     """verl's policy loss on ``[N, L]``."""
     c = case["config"]
@@ -68,42 +100,49 @@ def verl_loss(case: dict[str, Any], x: dict[str, Tensor], logprobs: Tensor) -> T
         tau_neg=c["sapo_tau_negative"],
         policy_loss=PolicyLossConfig(loss_mode=case["verl"]),
     )
-    weights = (x["old"] - x["rollout"]).exp().clamp(max=c["weight_max"]) if c["weight_max"] else None
+    aggregation = {
+        "token": "token-mean",
+        "sequence": "seq-mean-token-mean",
+        "constant": "seq-mean-token-sum-norm",
+    }[c["aggregation"]]
     loss, _ = core_algos.get_policy_loss_fn(case["verl"])(
         old_log_prob=x["old"],
         log_prob=logprobs,
         advantages=x["advantages"][:, None].expand_as(logprobs),
         response_mask=x["mask"],
-        loss_agg_mode={
-            "token": "token-mean",
-            "sequence": "seq-mean-token-mean",
-            "constant": "seq-mean-token-sum-norm",
-        }[c["aggregation"]],
+        loss_agg_mode=aggregation,
         config=config,
-        rollout_is_weights=weights,
+        rollout_is_weights=verl_weights(case["correction"], x),
     )
+    # The rest as in its workers/utils/losses.py.
+    if c["entropy_coef"]:
+        loss = loss - c["entropy_coef"] * core_algos.agg_loss(entropy_of(logprobs), x["mask"], aggregation)
     if c["kl_coef"]:
         kl = core_algos.kl_penalty(logprobs, x["ref"], c["kl_estimator"])
-        loss = loss + c["kl_coef"] * (kl * x["mask"]).sum() / x["mask"].sum()
+        loss = loss + c["kl_coef"] * core_algos.agg_loss(kl, x["mask"], aggregation)
     return loss
 
 
 def trl_loss(case: dict[str, Any], x: dict[str, Tensor], logprobs: Tensor) -> Tensor:
     """TRL's loss on ``[N, L]``: its method, on a stand-in for the trainer that has what the method reads."""
-    c = case["config"]
+    c, weights = case["config"], trl_weights(case["correction"], x)
     accelerator = types.SimpleNamespace(
-        num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t, gather_for_metrics=lambda t: t
+        num_processes=1,
+        sync_gradients=True,
+        gather=lambda t: t,
+        reduce=lambda t, reduction: t,
+        gather_for_metrics=lambda t: t,
     )
     metrics: dict[str, Any] = {"train": defaultdict(list)}
     args = types.SimpleNamespace(
         use_bias_correction_kl=c["kl_estimator"] == "k3_unbiased",
-        delta=None,
+        delta=c["dual_clip"],
         sapo_temperature_pos=c["sapo_tau"],
         sapo_temperature_neg=c["sapo_tau_negative"],
         steps_per_generation=1,
     )
     trainer = types.SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, entropy_of(logprobs), None),
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
@@ -114,13 +153,15 @@ def trl_loss(case: dict[str, Any], x: dict[str, Tensor], logprobs: Tensor) -> Te
         epsilon_low=c["clip_low"],
         # For CISPO this is the bound of the weight itself.
         epsilon_high=1 + c["clip_high"] if case["trl"] == "cispo" else c["clip_high"],
-        use_vllm=bool(c["weight_max"]),
-        vllm_importance_sampling_correction=bool(c["weight_max"]),
+        use_vllm=weights is not None,
+        vllm_importance_sampling_correction=weights is not None,
         model=types.SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
         max_completion_length=logprobs.shape[1],
         accelerator=accelerator,
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled=c["entropy_coef"] != 0,
+        entropy_coef=c["entropy_coef"],
+        use_adaptive_entropy=False,
         _metrics=metrics,
     )
     inputs = {
@@ -133,8 +174,8 @@ def trl_loss(case: dict[str, Any], x: dict[str, Tensor], logprobs: Tensor) -> Te
         "ref_per_token_logps": x["ref"],
         "num_items_in_batch": x["mask"].sum(),
     }
-    if c["weight_max"]:
-        inputs["importance_sampling_ratio"] = (x["old"] - x["rollout"]).exp().clamp(max=c["weight_max"])
+    if weights is not None:
+        inputs["importance_sampling_ratio"] = weights
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
@@ -189,11 +230,13 @@ def speed(rewards: Tensor, ids: Tensor, group: int, threads: int, runs: int) -> 
 def main() -> None:
     """Answer the cases of ``parity.py``."""
     inputs = torch.load(sys.argv[1], weights_only=True)
-    a = inputs["advantages"]
-    advantages = {name: verl_advantages(name, a["rewards"], a["ids"], a["mask"]) for name in inputs["verl_estimators"]}
-    advantages |= {
-        f"trl_{scale}": trl_advantages(a["rewards"], inputs["group"], scale) for scale in ("group", "batch", "none")
-    }
+    advantages = {}
+    for batch, a in inputs["advantages"].items():
+        rewards, group = a["rewards"], a["group"]
+        found = {name: verl_advantages(name, rewards, a["ids"], a["mask"]) for name in inputs["verl_estimators"]}
+        if group is not None:
+            found |= {f"trl_{scale}": trl_advantages(rewards, group, scale) for scale in ("group", "batch", "none")}
+        advantages[batch] = found
     outputs = {
         "advantages": advantages,
         "losses": losses(inputs["cases"], inputs["tokens"]),
