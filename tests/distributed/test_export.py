@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,32 +12,67 @@ from harness import Launcher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_mapo import checkpoint_files
+from megatron_mapo.cli import main
+
 TP, PP, CP = "actor.parallel.tensor=2", "actor.parallel.pipeline=2", "actor.parallel.context=2"
-CASES = {
-    "tp2": {"model": "llama", "options": [TP, "actor.parallel.sequence=true"]},
-    "pp2": {"model": "llama_untied", "options": [PP]},
-    "pp2-tied": {"model": "gemma3_text", "options": [PP]},
-    "cp2": {"model": "qwen2", "options": [CP]},
-    "dp2": {"model": "gemma2", "options": []},
-    "dp2-bfloat16": {"model": "qwen3", "options": ["model.dtype=bfloat16"]},
+SP, EP, VPP = "actor.parallel.sequence=true", "actor.parallel.expert=2", "actor.parallel.virtual_pipeline=2"
+CASES: dict[str, dict[str, Any]] = {
+    "tp2": {"ranks": 2, "model": "llama", "options": [TP, SP]},
+    "pp2": {"ranks": 2, "model": "llama_untied", "options": [PP]},
+    "pp2-tied": {"ranks": 2, "model": "gemma3_text", "options": [PP]},
+    "vpp2": {"ranks": 2, "model": "deep", "options": [PP, VPP]},
+    "cp2": {"ranks": 2, "model": "qwen2", "options": [CP]},
+    "ep2": {"ranks": 2, "model": "qwen3_moe", "options": [EP]},
+    "tp2-sp-ep2": {"ranks": 2, "model": "mixtral", "options": [TP, SP, EP]},
+    "dp2": {"ranks": 2, "model": "gemma2", "options": []},
+    "dp2-bfloat16": {"ranks": 2, "model": "qwen3", "options": ["model.dtype=bfloat16"]},
+    "tp2-sp-ep2-pp2": {"ranks": 4, "model": "qwen3_moe", "options": [TP, SP, EP, PP]},
 }
+SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "data")
+LAYOUTS: dict[str, dict[str, int]] = {
+    "tp2": {"tensor": 2},
+    "pp2": {"pipeline": 2},
+    "vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
+    "ep2": {"expert": 2, "data": 2},
+    "tp2-sp-ep2": {"tensor": 2, "expert": 2},
+    "dp2": {"data": 2},
+    "tp2-sp-ep2-pp2": {"tensor": 2, "pipeline": 2, "expert": 2},
+}
+"""Sizes other than 1."""
 
 LORA = "actor.lora.rank=4"
-ADAPTED = {
-    "lora-tp2": {"model": "llama_untied", "options": [LORA, TP, "actor.parallel.sequence=true"]},
-    "lora-pp2": {"model": "llama_untied", "options": [LORA, PP]},
+ADAPTED: dict[str, dict[str, Any]] = {
+    "lora-tp2": {"ranks": 2, "model": "llama_untied", "options": [LORA, TP, SP]},
+    "lora-pp2": {"ranks": 2, "model": "llama_untied", "options": [LORA, PP]},
 }
 
 
 @pytest.fixture(scope="module")
 def runs(launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    launcher.run(2, "train_runs", {"cases": CASES | ADAPTED, "folder": str(frozen), "runs": str(folder)})
+    for ranks in (2, 4):
+        cases = {name: case for name, case in (CASES | ADAPTED).items() if case["ranks"] == ranks}
+        launcher.run(ranks, "train_runs", {"cases": cases, "folder": str(frozen), "runs": str(folder)})
     # What a later start has written: the export of an older checkpoint has nothing to do with it.
     later = folder / "lora-tp2" / "config.yaml"
     later.write_text(later.read_text().replace("alpha: 32.0", "alpha: 1.0").replace(str(frozen), "nowhere"))
     launcher.run(1, "export_runs", {"runs": str(folder)})
     return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_inspect_vouches_for_the_checkpoint_and_names_its_layout(
+    name: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(runs / name), "--verify"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    layout = " x ".join(f"{size} {LAYOUTS[name].get(size, 1)}" for size in SIZES)
+    assert f"  layout     {CASES[name]['ranks']} ranks: {layout}" in said
+    manifest = checkpoint_files.read_manifest(runs / name / "checkpoints/step_000001")
+    assert manifest is not None
+    assert f"  integrity  sizes and checksums of {len(manifest.files)} files as they were written" in said
 
 
 @pytest.mark.parametrize("name", CASES)
