@@ -30,7 +30,8 @@ trap : HUP INT TERM
 while :; do sleep 86400 & wait $!; done
 """
 
-# Tight times, so that a dead node is noticed within seconds. NoInAddrAny hangs srun: the nodes share the loopback.
+# Tight times, so that a dead node is noticed within a minute, and one that is only busy is not taken for dead.
+# NoInAddrAny hangs srun: the nodes share the loopback.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=ctl({subnet}.1)
@@ -60,10 +61,12 @@ JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 KillWait=5
 MinJobAge=3600
 SlurmctldTimeout=10
-SlurmdTimeout=10
+SlurmdTimeout=30
 TCPTimeout=2
 MessageTimeout=5
 InactiveLimit=0
@@ -103,6 +106,8 @@ def words(process: Path, name: str = "cmdline") -> list[str]:
 class Cluster:
     """A running cluster with nodes ``n1``, ``n2``, ...; a context manager.
 
+    Jobs of the partition ``urgent`` drive those of ``main``, the default, from their nodes.
+
     Args:
         folder: for configuration, state and logs. Unix sockets live in it: its path must be short.
         nodes: number of nodes.
@@ -132,9 +137,13 @@ class Cluster:
                 f"Gres=gpu:{gpus} State=UNKNOWN\n"
             )
         settings = CONFIGURATION.format(folder=self.folder, subnet=subnet, port=port)
-        partition = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP\n"
+        limits = "Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP"
+        partitions = (
+            f"PartitionName=main Default=YES PriorityTier=1 GraceTime=60 {limits}\n"
+            f"PartitionName=urgent PriorityTier=2 {limits}\n"
+        )
         (self.folder / "hosts").write_text(hosts)
-        (self.folder / "slurm.conf").write_text(settings + lines + partition)
+        (self.folder / "slurm.conf").write_text(settings + lines + partitions)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu/gpu[0-{gpus - 1}]\n")
         key = self.folder / "munge.key"
         key.touch(0o600)
@@ -241,7 +250,7 @@ class Cluster:
     def idle(self) -> int:
         """Number of idle nodes; 0 while the controller does not answer."""
         try:
-            return self.client("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").count("\n")
+            return self.client("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").count("\n")
         except AssertionError:
             return 0
 

@@ -24,6 +24,23 @@ def slowly_even(response, answer, metadata):
     return even(response, answer, metadata)
 '''
 
+ESTIMATOR = '''import os
+import time
+from pathlib import Path
+
+from megatron_mapo.algorithms.advantages import ESTIMATORS
+
+
+def hangs_once(groups, config):
+    """The default, but the third step of a run's first start hangs on every rank."""
+    step = Path(f"{os.environ['HANG_FILE']}-{os.environ['RANK']}")
+    done = int(step.read_text()) if step.exists() else 0
+    step.write_text(str(done + 1))
+    while done == 2:
+        time.sleep(1)
+    return ESTIMATORS["mix"](groups, config)
+'''
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
@@ -40,16 +57,17 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def idle(cluster: Cluster) -> Cluster:
     """The cluster with no job on it."""
-    wait_for(lambda: cluster.idle() == 4, "all nodes idle", 60)
+    wait_for(lambda: cluster.idle() == 4, "all nodes idle", 180)
     return cluster
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the model, the data, the verifier and ``config.yaml``."""
+    """Folder with the model, the data, the verifier, an estimator and ``config.yaml``."""
     folder = tmp_path_factory.mktemp("slurm")
     make_tiny_model(folder / "model")
     (folder / "verifier.py").write_text(VERIFIER)
+    (folder / "estimator.py").write_text(ESTIMATOR)
     rows = [{"question": f"What is {a} plus {a * 7 % 5}?", "answer": str(a + a * 7 % 5)} for a in range(20)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.yaml").write_text(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +70,18 @@ def job_script(cluster: Cluster, node: str) -> int:
     """Process of the job's script on its first node; others of its kind are subshells."""
     scripts = [int(p.name) for p in cluster.processes(node) if any(w.endswith("/slurm_script") for w in words(p)[:2])]
     return min(scripts)
+
+
+def kill_servers(cluster: Cluster, node: str) -> None:
+    """The servers of a node are gone, and so is the one who would start them again."""
+    for process in cluster.processes(node):
+        if words(process)[1:4] == ["-m", "megatron_mapo", "serve"]:
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+def wait_restarts(cluster: Cluster, number: str, count: int) -> None:
+    """Wait until Slurm has started a job again this often."""
+    wait_for(lambda: cluster.job(number)["Restarts"] == str(count), f"requeued {count} times")
 
 
 def end_soon(cluster: Cluster, number: str) -> None:

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_for, words
+from cluster import SYSTEM_PATH, Cluster, wait_for, words
 from jobs import (
     SCRIPTS,
     THREE_NODES,
     completed,
     end_soon,
     job_script,
+    kill_servers,
     leftovers,
     numbers,
     output,
@@ -24,11 +25,12 @@ from jobs import (
     steps,
     submit,
     submit_command,
+    wait_restarts,
     wait_steps,
 )
 
 from megatron_mapo import cli
-from megatron_mapo.errors import Preempted
+from megatron_mapo.errors import HangError, Preempted
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,11 @@ def straight(cluster: Cluster, workspace: Path) -> Path:
     secret = key.partition("=")[2]
     assert len(secret) == 48
     assert not any(secret in line for line in lines)
-    return workspace / "runs/straight"
+    run = workspace / "runs/straight"
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    return run
 
 
 @pytest.mark.slow
@@ -67,16 +73,61 @@ def test_a_warning_without_a_controller_and_then_a_dead_node(straight: Path, idl
     os.kill(job_script(idle, "n1"), signal.SIGUSR1)
     wait_for(lambda: "controller does not answer" in printed.read_text(), "the job waits for the controller")
     idle.start_controller()
-    wait_for(lambda: idle.job(number)["Restarts"] == "1", "requeued")
+    wait_restarts(idle, number, 1)
     first = steps(run)
     assert 3 <= first < 30
     wait_steps(idle, number, run, first + 5)
     idle.kill_node("n2")
-    wait_for(lambda: idle.job(number)["Restarts"] == "2", "requeued after the death of a node")
+    wait_restarts(idle, number, 2)
     said = completed(idle, number)
     idle.start_node("n2")
     assert f"resuming from {run}/checkpoints/step_{first:06d}" in said
     assert re.findall(r"trainers on (.*); servers on (.*)", said) == [("n1 n2", "n3")] * 2 + [("n1 n3", "n4")]
+    assert numbers(run) == numbers(straight)
+    assert leftovers(idle) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # three starts of a job
+def test_a_requeue_by_hand_and_then_the_death_of_the_first_node(straight: Path, idle: Cluster, workspace: Path) -> None:
+    """Neither asks the job: what runs is ended with the script, and the next start has the last checkpoint."""
+    run, slow = workspace / "runs/moved", f"reward.name={workspace / 'verifier.py'}:slowly_even"
+    number = submit(idle, workspace, "gsm8k_mapo.sh", "run.name=moved", "trainer.save_interval=1", slow, *THREE_NODES)
+    wait_steps(idle, number, run, 4)
+    idle.client("scontrol", "requeue", number)
+    wait_restarts(idle, number, 1)
+    wait_for(lambda: "resuming from" in output(idle, number), "the second start has a checkpoint")
+    wait_steps(idle, number, run, steps(run) + 3)
+    idle.kill_node("n1")
+    wait_restarts(idle, number, 2)
+    said = completed(idle, number)
+    idle.start_node("n1")
+    resumed = [int(step) for step in re.findall(r"resuming from \S*step_(\d+)", said)]
+    assert len(resumed) == 2
+    assert 2 <= resumed[0] < resumed[1] < 30
+    assert re.findall(r"trainers on (.*); servers on (.*)", said) == [("n1 n2", "n3")] * 2 + [("n2 n3", "n4")]
+    assert numbers(run) == numbers(straight)
+    assert leftovers(idle) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # two starts of a job
+def test_a_colocated_job_makes_way_for_an_urgent_one(straight: Path, idle: Cluster, workspace: Path) -> None:
+    """Two nodes train and serve. Slurm preempts the job: it saves within the partition's GraceTime, and comes back."""
+    run, slow = workspace / "runs/preempted", f"reward.name={workspace / 'verifier.py'}:slowly_even"
+    options = ("--nodes=2", "--time=20")
+    number = submit(idle, workspace, "gsm8k_mapo.sh", "run.name=preempted", slow, *options, MAPO_LAYOUT="colocated")
+    wait_steps(idle, number, run, 3)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
+    other = idle.client(*urgent, "--wrap=true", cwd=workspace).strip()
+    wait_restarts(idle, number, 1)
+    first = steps(run)
+    assert 3 <= first < 30
+    said = completed(idle, number)
+    assert idle.state(other) == "COMPLETED"
+    assert f"trainers ended with code {Preempted.exit_code}" in said
+    assert f"resuming from {run}/checkpoints/step_{first:06d}" in said
+    assert re.findall(r"trainers on (.*); servers on (.*)", said) == [("n1 n2", "n1 n2")] * 2
     assert numbers(run) == numbers(straight)
     assert leftovers(idle) == []
 
@@ -90,7 +141,7 @@ def test_the_time_limit_is_a_pause(straight: Path, idle: Cluster, workspace: Pat
     number = submit(idle, workspace, "gsm8k_mapo.sh", "run.name=limited", slow, *options)
     wait_steps(idle, number, run, 3)
     end_soon(idle, number)
-    wait_for(lambda: idle.job(number)["Restarts"] == "1", "requeued")
+    wait_restarts(idle, number, 1)
     first = steps(run)
     assert 3 <= first < 30
     idle.client("scontrol", "update", f"JobId={number}", "TimeLimit=20")
@@ -103,51 +154,90 @@ def test_the_time_limit_is_a_pause(straight: Path, idle: Cluster, workspace: Pat
 
 
 @pytest.mark.slow
-def test_trainers_that_crash_are_started_again_within_the_job(idle: Cluster, workspace: Path) -> None:
-    """Once, as MAPO_RESTARTS says; the second crash ends the job with the trainers' code."""
+@pytest.mark.timeout(900)  # three starts of the trainers, one after a hang
+def test_trainers_that_hang_or_crash_are_started_again_within_the_job(idle: Cluster, workspace: Path) -> None:
+    """As often as MAPO_RESTARTS says; the last crash ends the job with the trainers' code. One of two servers stays."""
     run, slow = workspace / "runs/crashed", f"reward.name={workspace / 'verifier.py'}:slowly_even"
-    settings = ("run.name=crashed", "trainer.save_interval=1", "trainer.steps=60", slow)
-    number = submit(idle, workspace, "gsm8k_mapo.sh", *settings, *THREE_NODES, MAPO_RESTARTS="1")
-    wait_steps(idle, number, run, 3)
-    os.kill(int(rank_of(idle, "n2").name), signal.SIGKILL)
-    wait_for(lambda: "resuming from" in output(idle, number), "the trainers are started again")
+    hangs = f"actor.adv_norm.aggregation_mode={workspace / 'estimator.py'}:hangs_once"
+    settings = ("run.name=crashed", "trainer.save_interval=1", "trainer.steps=60", slow, hangs)
+    limits = ("trainer.hang_timeout=60", "rollout.wait_timeout=50", "--nodes=4", "--time=20", "--signal=B:USR1@60")
+    environment = {"MAPO_RESTARTS": "2", "MAPO_SERVER_NODES": "2", "HANG_FILE": str(workspace / "hang")}
+    number = submit(idle, workspace, "gsm8k_mapo.sh", *settings, *limits, **environment)
+    wait_for(lambda: output(idle, number).count("resuming from") == 1, "the trainers are started again")
+    assert f"trainers ended with code {HangError.exit_code}" in output(idle, number)
     first = int(re.findall(r"resuming from \S*step_(\d+)", output(idle, number))[0])
     assert first >= 1
-    wait_steps(idle, number, run, first + 2)
+    kill_servers(idle, "n4")
+    wait_steps(idle, number, run, first + 3)
+    os.kill(int(rank_of(idle, "n2").name), signal.SIGKILL)
+    wait_for(lambda: output(idle, number).count("resuming from") == 2, "the trainers are started again")
+    second = int(re.findall(r"resuming from \S*step_(\d+)", output(idle, number))[1])
+    assert second > first
+    wait_steps(idle, number, run, second + 2)
     os.kill(int(rank_of(idle, "n1").name), signal.SIGKILL)
     assert idle.wait_job(number) == "FAILED"
     said = output(idle, number)
     assert said.count("starting servers on") == 1, "the servers stay"
-    assert said.count("starting the trainers again from the last checkpoint (1 of 1)") == 1
+    assert re.findall(r"starting the trainers again from the last checkpoint \((\d) of 2\)", said) == ["1", "2"]
     assert re.search(r"failed with code \d+; see", said)
+    # What a start looks for among the words of srun: here the task ended when all servers had come up.
+    servers = (run / f"logs/slurm-{number}.0/servers.log").read_text()
+    assert re.search(r"^srun: error: n4: tasks? 1: ", servers, re.MULTILINE)
     assert idle.job(number)["Restarts"] == "0"
     assert leftovers(idle) == []
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two starts of a job, one of them with two of the servers
 def test_a_heterogeneous_job_starts_a_dead_server_again(idle: Cluster, workspace: Path) -> None:
-    run = workspace / "runs/het"
-    arguments = ("run.name=het", "trainer.steps=12", "trainer.save_interval=2", "--time=20", "--signal=B:USR1@60")
-    number = submit(idle, workspace, "gsm8k_mapo_hetjob.sh", *arguments)
+    """Without servers the trainers save first; then the job is asked to end, and comes back."""
+    run, slow = workspace / "runs/het", f"reward.name={workspace / 'verifier.py'}:slowly_even"
+    settings = ("run.name=het", "trainer.steps=20", "trainer.save_interval=0", "rollout.wait_timeout=5", slow)
+    number = submit(idle, workspace, "gsm8k_mapo_hetjob.sh", *settings, "--time=20", "--signal=B:USR1@60")
     wait_steps(idle, number, run, 3)
-    for process in idle.processes("n2"):
-        if words(process)[1:4] == ["-m", "megatron_mapo", "serve"]:
-            os.kill(int(process.name), signal.SIGKILL)
-    said = completed(idle, number)
+    kill_servers(idle, "n2")
+    wait_for(lambda: "resuming from" in output(idle, number), "the trainers are started again")
+    said = output(idle, number)
     assert "start 1: trainers on n1; servers on n2" in said
-    assert "the servers ended; ending the trainers" in said
+    assert "the servers ended; waiting for the trainers to save and end" in said
     assert said.count("servers answer") == 2
-    assert [row["step"] for row in numbers(run)] == list(range(1, 13))
+    (saved,) = re.findall(r"saved a checkpoint of step (\d+)", said)
+    assert int(saved) >= 3
+    wait_steps(idle, number, run, int(saved) + 2)
+    os.kill(job_script(idle, "n1"), signal.SIGUSR1)
+    wait_restarts(idle, number, 1)
+    first = steps(run)
+    said = completed(idle, number)
+    assert re.findall(r"resuming from \S*step_(\d+)", said) == [f"{int(saved):06d}", f"{first:06d}"]
+    assert [row["step"] for row in numbers(run)] == list(range(1, 21))
+    assert leftovers(idle) == []
 
 
 @pytest.mark.slow
 def test_an_array_of_seeds_and_algorithms(idle: Cluster, workspace: Path) -> None:
-    """Task 2 of two configurations and two seeds, on a node that trains and serves."""
+    """Task 2 of two configurations and two seeds, on a node that trains and serves, in a container.
+
+    A stand-in for apptainer: what follows the image is run with another PATH.
+    """
+    (workspace / "host").mkdir()
+    (workspace / "image").mkdir()
+    calls = workspace / "calls"
+    inside = f'until [ "$1" = mapo.sif ]; do shift; done; shift; PATH={workspace}/image:$PATH exec "$@"'
+    for name, text in (
+        ("host/apptainer", f'echo "$*" >>{calls}; {inside}'),
+        ("image/python3", f'exec {sys.executable} "$@"'),
+    ):
+        (workspace / name).write_text(f"#!/bin/bash\n{text}\n")
+        (workspace / name).chmod(0o755)
+    container = {"MAPO_CONTAINER": "apptainer:mapo.sif", "MAPO_TRAIN_PYTHON": ""}
+    container["PATH"] = f"{workspace / 'host'}:{os.environ['PATH']}:{SYSTEM_PATH}"
     (workspace / "native.yaml").write_text("base: config.yaml\nactor: {adv_norm: {aggregation_mode: native}}\n")
     configs = f"{workspace / 'config.yaml'} {workspace / 'native.yaml'}"
     options = ("--array=2", "--time=20", "--signal=B:USR1@60", "trainer.steps=1")
-    number = submit(idle, workspace, "compare_array.sh", *options, MAPO_CONFIGS=configs, MAPO_SEEDS="5 6")
+    number = submit(idle, workspace, "compare_array.sh", *options, MAPO_CONFIGS=configs, MAPO_SEEDS="5 6", **container)
     completed(idle, f"{number}_2")
+    started = re.findall(r"mapo.sif python3 -m megatron_mapo.launch.slurm_task (\w+)", calls.read_text())
+    assert started == ["check", "serve", "train"]
     settings = (workspace / "runs/native-seed5/config.yaml").read_text()
     assert "seed: 5" in settings
     assert re.findall("aggregation_mode: (.*)", settings) == ["native"]
