@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_mapo.algorithms.comparison import (
 from megatron_mapo.reporting.arms import Arm, Array, Study, evaluation_curves, metric_curves, pass_tables
 from megatron_mapo.reporting.run_data import TRAINING_ACCURACY, RunData, first_of
 from megatron_mapo.reporting.run_report import histogram, response_tokens
-from megatron_mapo.tracking.rollouts import read_rollouts
+from megatron_mapo.tracking.rollouts import read_rollouts, step_of
 
 LEVEL = 0.05
 MIN_SEEDS = 3
@@ -142,6 +143,40 @@ def same_start(study: Study) -> float | None:
     return max((float(np.abs(table - tables[0]).max()) for table in tables), default=0.0)
 
 
+@dataclass(frozen=True)
+class SamePrompts:
+    """In how many steps, of all seeds, an arm was trained on the same prompts in the same order as the baseline."""
+
+    same: int
+    steps: int
+
+
+def same_prompts(study: Study) -> dict[str, SamePrompts] | None:
+    """Of all arms but the baseline, by label, from ``rollouts/``; None if a run did not keep them."""
+    if any(not arm.runs[seed].rollouts for arm in study.arms for seed in study.seeds):
+        return None
+    asked = [[_prompt_ids(arm.runs[seed]) for seed in study.seeds] for arm in study.arms]
+    found = {}
+    for arm, mine in zip(study.arms[1:], asked[1:], strict=True):
+        pairs = [
+            (ours.get(step), theirs.get(step))
+            for ours, theirs in zip(mine, asked[0], strict=True)
+            for step in ours.keys() | theirs.keys()
+        ]
+        found[arm.label] = SamePrompts(sum(ours == theirs for ours, theirs in pairs), len(pairs))
+    return found
+
+
+def _prompt_ids(run: RunData) -> dict[int, list[int]]:
+    """Of every step the prompt of each group, in their order."""
+    found = {}
+    for file in run.rollouts:
+        rows = read_rollouts(file, ("group", "prompt_id"))
+        prompt_of = dict(zip(rows["group"].to_pylist(), rows["prompt_id"].to_pylist(), strict=True))
+        found[step_of(file)] = list(prompt_of.values())
+    return found
+
+
 def reaching(run: RunData, target: float, held_out: bool) -> Reaching:
     """Steps and response tokens until an accuracy was reached.
 
@@ -240,6 +275,13 @@ def gradients_by_rate(study: Study, arm: Arm) -> Array | None:
 def seconds(run: RunData) -> float:
     """Time in training steps."""
     return float(sum(row.get("seconds/step") or 0.0 for row in run.metrics))
+
+
+def whole_seconds(run: RunData) -> float:
+    """Wall time from the first start of the trainers to the last row; NaN for runs of earlier versions."""
+    if not run.starts or not run.moments:
+        return math.nan
+    return max(run.moments) - min(run.moments)
 
 
 def plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from megatron_mapo.reporting.analysis import (
     AdvantagesByRate,
     Outcome,
     Reaching,
+    SamePrompts,
     advantages_by_rate,
     evaluations_between,
     final_pass,
@@ -25,9 +26,11 @@ from megatron_mapo.reporting.analysis import (
     mean_histogram,
     plain,
     reaching,
+    same_prompts,
     same_start,
     seconds,
     training_accuracy,
+    whole_seconds,
 )
 from megatron_mapo.reporting.arms import Array, Study, differences, evaluation_curves, metric_curves
 from megatron_mapo.reporting.page import (
@@ -42,7 +45,7 @@ from megatron_mapo.reporting.page import (
     render,
     write_text,
 )
-from megatron_mapo.reporting.run_data import TRAINING_ACCURACY
+from megatron_mapo.reporting.run_data import TRAINING_ACCURACY, RunData
 from megatron_mapo.reporting.run_report import response_tokens
 from megatron_mapo.tracking.jsonl import to_line
 from megatron_mapo.tracking.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, RED)
+_BUDGET = ("trainer.steps", "rollout.prompts_per_step", "rollout.responses_per_prompt")
 _SMOOTHED = 20
 """Curves of single steps are averaged over this part of the run."""
 
@@ -68,6 +72,7 @@ class Results:
     held_out_source: str
     training: Outcome | None
     start: float | None
+    prompts: dict[str, SamePrompts] | None
     target: float
     reached: dict[str, dict[str, list[Reaching]]]
     advantages: dict[str, AdvantagesByRate | None]
@@ -87,7 +92,8 @@ def analyse(study: Study, target: float) -> Results:
         for kind, evaluated in kinds.items()
     }
     by_rate = {arm.label: advantages_by_rate(study, arm) for arm in study.arms}
-    return Results(study, held_out, source, training_accuracy(study), same_start(study), target, reached, by_rate)
+    training, start, prompts = training_accuracy(study), same_start(study), same_prompts(study)
+    return Results(study, held_out, source, training, start, prompts, target, reached, by_rate)
 
 
 def write_report(results: Results, folder: Path, title: str) -> Path:
@@ -140,12 +146,14 @@ def _summary(results: Results) -> dict[str, Any]:
         "held_out": {"source": results.held_out_source} | (plain(results.held_out) or {}),
         "training": plain(results.training),
         "largest_difference_before_training": results.start,
+        "same_prompts": plain(results.prompts),
         "target": results.target,
         "reached": plain(results.reached),
         "advantages_by_rate": plain(results.advantages),
         "gradients_by_rate": {arm.label: plain(gradients_by_rate(study, arm)) for arm in study.arms},
         "lambda_histogram": {arm.label: plain(mean_histogram(study, arm, "group/lambda_hist")) for arm in study.arms},
         "seconds": {arm.label: study.values(arm, seconds).tolist() for arm in study.arms},
+        "whole_seconds": {arm.label: study.values(arm, whole_seconds).tolist() for arm in study.arms},
     }
 
 
@@ -323,6 +331,10 @@ def _setup(results: Results) -> Section:
         section.text.append("No option differs between the configurations.")
     if any(key.startswith(("data.", "model.", "reward.")) for key, _ in differ):
         section.text.append("Model, data or verifier differ: this is not a comparison of algorithms alone.")
+    budget = [key for key, _ in differ if key in _BUDGET]
+    if budget:
+        section.text.append(f"Budgets are unequal: {', '.join(budget)} differ.")
+    section.text += _prompts_text(results)
     if results.start is None:
         section.text.append("There is no evaluation before the first step.")
     elif results.start == 0:
@@ -333,6 +345,23 @@ def _setup(results: Results) -> Section:
             "seed: another model, other data, or servers that do not repeat samples (docs/evaluation.md)."
         )
     return section
+
+
+def _prompts_text(results: Results) -> list[str]:
+    """Whether the configurations were trained on the same prompts."""
+    if results.prompts is None:
+        return ["Whether the training prompts were the same is not known: not all runs kept them (tracking.rollouts)."]
+    base = results.study.arms[0].label
+    text = []
+    for label, found in results.prompts.items():
+        if found.same == found.steps:
+            text.append(f"{label} was trained on the prompts of {base}, in the same order, in all {found.steps} steps.")
+        else:
+            text.append(
+                f"{label} was trained on the prompts of {base}, in the same order, in {found.same} of {found.steps} "
+                "steps only: the pairs share their seed and the held-out questions, not the training prompts."
+            )
+    return text
 
 
 def _runs(study: Study) -> Section:
@@ -350,11 +379,32 @@ def _runs(study: Study) -> Section:
                     " -> ".join(f"{score:.3f}" for score in dict.fromkeys((scores[0], scores[-1]))) if scores else "",
                     f"{tokens:,.0f}",
                     duration(seconds(run)),
+                    _whole(run),
                 ]
             )
-    mean = [f"{arm.label}: {duration(float(study.values(arm, seconds).mean()))}" for arm in study.arms]
-    table = Table(["run", "seed", "steps", "pass@1", "response tokens", "time in steps"], rows)
-    return Section("Runs", [f"Mean time in steps: {'; '.join(mean)}."], [table])
+    text = [f"Mean time in steps: {_mean_durations(study, seconds)}."]
+    if any(run.starts for arm in study.arms for run in arm.runs.values()):
+        text.append(
+            f"Mean wall time of a whole run: {_mean_durations(study, whole_seconds)}. It is from the first start of "
+            "the trainers, when model and servers are ready, to the last row: evaluations, checkpoints between steps "
+            "and pauses of a run that was started again are in it."
+        )
+    head = ["run", "seed", "steps", "pass@1", "response tokens", "time in steps", "whole run"]
+    return Section("Runs", text, [Table(head, rows)])
+
+
+def _mean_durations(study: Study, of_run: Callable[[RunData], float]) -> str:
+    means = {arm.label: float(study.values(arm, of_run).mean()) for arm in study.arms}
+    return "; ".join(
+        f"{label}: {duration(mean) if np.isfinite(mean) else 'not recorded'}" for label, mean in means.items()
+    )
+
+
+def _whole(run: RunData) -> str:
+    whole = whole_seconds(run)
+    if not np.isfinite(whole):
+        return "not recorded"
+    return duration(whole) + (f" ({len(run.starts)} starts)" if len(run.starts) > 1 else "")
 
 
 def _markdown(page: Page, pictures: dict[str, tuple[Paint, str, tuple[float, float]]]) -> str:

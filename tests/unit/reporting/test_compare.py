@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from fake_runs import make_run
 
@@ -21,17 +22,21 @@ from megatron_mapo.compare import Request
 from megatron_mapo.errors import ConfigError, DataError
 from megatron_mapo.reporting.analysis import (
     Reaching,
+    SamePrompts,
     advantages_by_rate,
     final_pass,
     gradients_by_rate,
     outcome,
     reaching,
+    same_prompts,
     training_accuracy,
+    whole_seconds,
 )
 from megatron_mapo.reporting.arms import Study, collect, differences, label_of, pass_tables
-from megatron_mapo.reporting.comparison_report import _target, analyse
+from megatron_mapo.reporting.comparison_report import _runs, _setup, _target, analyse
 from megatron_mapo.reporting.run_data import load_run
-from megatron_mapo.tracking.jsonl import read_rows
+from megatron_mapo.tracking.jsonl import read_rows, replace_rows
+from megatron_mapo.tracking.rollouts import read_rollouts
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 def study_of(runs: dict[str, list[Path]], *labels: str) -> Study:
     return collect([folder for label in labels for folder in runs[label]], None)
+
+
+def whole_text(study: Study) -> str:
+    """What the report says of the runs, in words and tables."""
+    sections = [_setup(analyse(study, 0.5)), _runs(study)]
+    return "\n".join([*(text for s in sections for text in s.text), *(str(t.rows) for s in sections for t in s.tables)])
 
 
 class TestPairing:
@@ -215,6 +226,46 @@ class TestNumbers:
             ["b, training accuracy", "1 of 3", "never", "never"],
         ]
 
+    def test_prompts_are_compared_step_by_step(self, runs, tmp_path):
+        study = study_of(runs, "grpo", "mapo")
+        assert same_prompts(study) == {"mapo": SamePrompts(18, 18)}
+        folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in runs["mapo"]]
+        for step in (2, 5):  # other prompts in one step, the same in another order in the other
+            file = folders[1] / f"rollouts/step_{step:06d}.parquet"
+            table = read_rollouts(file)
+            ids = [i + 7 if step == 2 else 2 - i for i in table["prompt_id"].to_pylist()]
+            place = table.schema.get_field_index("prompt_id")
+            pyarrow.parquet.write_table(table.set_column(place, "prompt_id", [ids]), file)
+        (folders[2] / "rollouts/step_000006.parquet").unlink()
+        study = collect([*runs["grpo"], *folders], None)
+        assert same_prompts(study) == {"mapo": SamePrompts(15, 18)}
+        assert "mapo was trained on the prompts of grpo, in the same order, in 15 of 18 steps only" in whole_text(study)
+        shutil.rmtree(folders[0] / "rollouts")
+        study = collect([*runs["grpo"], *folders], None)
+        assert same_prompts(study) is None
+        assert "Whether the training prompts were the same is not known" in whole_text(study)
+
+    def test_unequal_budgets_are_named(self, runs, tmp_path):
+        assert "Budgets are unequal" not in whole_text(study_of(runs, "grpo", "mapo"))
+        longer = make_run(tmp_path / "mapo-seed0", "trainer.steps=7", "rollout.responses_per_prompt=4")
+        text = whole_text(collect([runs["grpo"][0], longer], None))
+        assert "Budgets are unequal: rollout.responses_per_prompt, trainer.steps differ" in text
+
+    def test_the_time_of_a_whole_run_is_from_its_first_start_to_its_last_row(self, runs, tmp_path):
+        folder = shutil.copytree(runs["mapo"][0], tmp_path / "mapo-seed0")
+        start = read_rows(folder / "starts.jsonl")[0]
+        replace_rows(folder / "starts.jsonl", [start | {"time": 1000.0}, start | {"time": 3000.0, "step": 2}])
+        for name in ("metrics", "evaluations"):
+            file = folder / f"{name}.jsonl"
+            replace_rows(file, [row | {"time": 1100.0 + 500 * row["step"]} for row in read_rows(file)])
+        assert whole_seconds(load_run(folder)) == 3100.0
+        text = whole_text(collect([runs["grpo"][0], folder], None))
+        assert "mapo: 51:40" in text
+        assert "51:40 (2 starts)" in text
+        (folder / "starts.jsonl").unlink()
+        assert math.isnan(whole_seconds(load_run(folder)))
+        assert "mapo: not recorded" in whole_text(collect([runs["grpo"][0], folder], None))
+
     def test_advantages_by_success_rate_are_those_of_the_formula(self, runs):
         import torch
 
@@ -286,11 +337,13 @@ class TestReport:
         assert "no significant difference" in text
         assert summary["seconds"]["mapo"] == [24.0] * 3
         assert summary["largest_difference_before_training"] == 0
+        assert summary["same_prompts"]["mapo"] == {"same": 18, "steps": 18}
         assert summary["reached"]["training accuracy"]["mapo"][0]["steps"] is not None
 
     def test_the_page_needs_nothing_else(self, folder):
         html = (folder / "report.html").read_text()
         assert "Before the first step all configurations answered alike" in html
+        assert "idle was trained on the prompts of grpo, in the same order, in all 18 steps." in html
         assert "aggregation_mode" in html
         assert set(re.findall(r'src="([^:]*):', html)) == {"data"}
 
