@@ -54,6 +54,10 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_A.new_zeros(rows, len(lora_A)))
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """A and B. With ``overlap_param_gather`` megatron brings other ranks' shards when their module is called."""
+        return self.lora_A, self.lora_B
+
 
 class Adapted:
     """What the adapted linear layers have in common. Attributes are set by ``_adapt``.
@@ -93,13 +97,13 @@ class Adapted:
 
     def _down(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., projections * r]``."""
-        return F.linear(x, torch.cat([m.lora_A for _, m in self._matrices()]))
+        return F.linear(x, torch.cat([m()[0] for _, m in self._matrices()]))
 
     def _up(self, h: Tensor) -> Tensor:
         """``[..., projections * r]`` -> ``[..., rows of the layer]``."""
         pieces = h.chunk(len(self.adapters), -1)
         return self.scale * self.arrange(
-            {name: F.linear(piece, m.lora_B) for (name, m), piece in zip(self._matrices(), pieces, strict=True)}
+            {name: F.linear(piece, m()[1]) for (name, m), piece in zip(self._matrices(), pieces, strict=True)}
         )
 
     def _sharded(self, prefix: str, offsets: Any, metadata: Any, axes: dict[str, int]) -> ShardedStateDict:

@@ -330,7 +330,8 @@ def keep_reference(cases: dict[str, list[str]], folder: str, out: str) -> dict[s
                 "the actor has moved": not torch.equal(trained.log_probs(batch).logprobs, start),
             }
             for what, policy in (("trained", trained), ("resumed", resumed)):
-                found[f"weights, {what}"] = all(torch.equal(v, weights[n]) for n, v in policy.named_weights())
+                same = [torch.equal(v, weights[n]) for n, v in policy.named_weights()]  # all ranks, to the end
+                found[f"weights, {what}"] = all(same)
             wrong[name] = [what for what, holds in found.items() if not holds]
     return wrong
 
