@@ -9,11 +9,13 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from harness import Launcher, RankFailed
@@ -80,10 +82,15 @@ class Life:
     def over(self) -> bool:
         return not self._thread.is_alive()
 
-    def kill(self) -> None:
-        """SIGKILL to both ranks, one right after the other."""
-        for file in (self.pids / "0", self.pids / "1"):
-            os.kill(int(file.read_text()), signal.SIGKILL)
+    @property
+    def ranks(self) -> list[int]:
+        """Process ids of both ranks."""
+        return [int((self.pids / rank).read_text()) for rank in ("0", "1")]
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to both ranks, one right after the other."""
+        for pid in self.ranks:
+            os.kill(pid, number)
 
     def end(self) -> None:
         """Wait until it is over."""
@@ -104,6 +111,18 @@ def steps_logged(run: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
+def freeze_in_a_save(life: Life, checkpoints: Path, chance: random.Random) -> None:
+    """Stop both ranks at some point of a save. One that is over by then is let go, and the next one waited for."""
+    while True:
+        wait_until(lambda: any(checkpoints.glob("*.partial")), life)
+        time.sleep(chance.uniform(0.0, 0.03))
+        life.send(signal.SIGSTOP)
+        wait_until(lambda: all(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in life.ranks), life)
+        if any(checkpoints.glob("*.partial")):
+            return
+        life.send(signal.SIGCONT)
+
+
 def moment(kind: str, run: Path, chance: random.Random) -> Callable[[Life], None]:
     """Waits for the moment to kill: while starting, while training, or at a certain point of a save."""
     checkpoints = run / "checkpoints"
@@ -121,8 +140,7 @@ def moment(kind: str, run: Path, chance: random.Random) -> Callable[[Life], None
             wait_until(lambda: steps_logged(run) >= until, life)
             time.sleep(chance.uniform(0.0, 0.1))
         elif kind == "partial":
-            wait_until(lambda: any(p.name not in before for p in checkpoints.glob("*.partial")), life)
-            time.sleep(chance.uniform(0.0, 0.03))
+            freeze_in_a_save(life, checkpoints, chance)
         elif kind == "manifest":
             wait_until(lambda: any(checkpoints.glob("*.partial/manifest.json")), life)
         elif kind == "name":
@@ -148,12 +166,16 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(launcher: Launcher, w
     assert len(kinds) == KILLS
     chance.shuffle(kinds)
     newest = 0
+    found: Counter[str] = Counter()
     for kind in kinds:
         life = Life(launcher, workspace, "killed")
         moment(kind, killed, chance)(life)
-        life.kill()
+        life.send(signal.SIGKILL)
         life.end()
         assert life.error is not None
+        for partial in (killed / "checkpoints").glob("*.partial"):
+            has_manifest = (partial / checkpoint_files.MANIFEST).exists()
+            found["complete but for its name" if has_manifest else "half a checkpoint"] += 1
         saved = checkpoint_files.complete_checkpoints(killed / "checkpoints")
         reached = saved[-1][0] if saved else 0
         assert reached >= newest, "a complete checkpoint is gone"
@@ -163,6 +185,8 @@ def test_a_run_killed_twenty_times_ends_with_the_same_bits(launcher: Launcher, w
         assert latest is None or latest in {path.name for _, path in saved}
         newest = reached
     assert 0 < newest < STEPS
+    assert found.total() >= kinds.count("partial"), found
+    assert found["half a checkpoint"] > 0, found
     life = Life(launcher, workspace, "killed")
     life.end()
     assert life.error is None, life.error
@@ -203,10 +227,10 @@ def assert_same(straight: Path, killed: Path) -> None:
         assert all(mine.files[name] == undisturbed.files[name] for name in tensors)
 
 
-def whole(launcher: Launcher, workspace: Path, name: str, *options: str) -> Path:
-    """A short run to its end, with one rank."""
+def whole(launcher: Launcher, workspace: Path, name: str, *options: str, ranks: int = 1) -> Path:
+    """A short run to its end."""
     short = ("trainer.steps=6", "trainer.save_interval=1", "trainer.evaluation.interval=2", "trainer.keep_every=2")
-    life = Life(launcher, workspace, name, *short, *options, ranks=1)
+    life = Life(launcher, workspace, name, *short, *options, ranks=ranks)
     life.end()
     if life.error is not None:
         raise life.error
@@ -264,3 +288,46 @@ def test_a_start_that_must_not_be_changes_nothing(launcher: Launcher, workspace:
     with pytest.raises(RankFailed, match=r"trainer\.best_metric=pass_at_2 is not in an evaluation; there are: "):
         whole(launcher, workspace, "refused", *wrong)
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+LOGPROBS = ("logprob_diff_mean", "logprob_diff_abs_mean")
+
+
+def asked(run: Path) -> list[list[dict]]:
+    """All that was asked, answered and rewarded, without what the model says about it."""
+    return [[{k: v for k, v in row.items() if k not in LOGPROBS} for row in step] for step in sequences(run)]
+
+
+# A weight whose gradient is rounding noise does not move.
+WELL_CONDITIONED = ("actor.optim.eps=0.01", "actor.optim.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(launcher: Launcher, workspace: Path) -> Path:
+    """A run on two data-parallel ranks."""
+    return whole(launcher, workspace, "data", *WELL_CONDITIONED, ranks=2)
+
+
+@pytest.mark.parametrize(("name", "ranks", "tensor"), [("tensor", 2, 2), ("alone", 1, 1)])
+def test_a_run_goes_on_in_another_layout(
+    name: str, ranks: int, tensor: int, launcher: Launcher, workspace: Path, on_two_ranks: Path
+) -> None:
+    """Two steps on two data-parallel ranks, and four in another layout: the same prompts, seeds and numbers."""
+    straight, moved = on_two_ranks, workspace / "runs" / name
+    shutil.copytree(straight, moved)
+    layout = ("run.resume_step=2", f"actor.parallel.tensor={tensor}")
+    whole(launcher, workspace, name, *WELL_CONDITIONED, *layout, ranks=ranks)
+    wrote = [checkpoint_files.read_manifest(moved / "checkpoints" / f"step_00000{step}") for step in (2, 6)]
+    assert [(m.layout["data"], m.layout["tensor"]) for m in wrote if m is not None] == [(2, 1), (1, tensor)]
+    assert asked(moved) == asked(straight)
+    here, there = table(moved / "samples.jsonl"), table(straight / "samples.jsonl")
+    assert [(row["step"], row["prompt"], row["seed"]) for row in here] == [
+        (row["step"], row["prompt"], row["seed"]) for row in there
+    ]
+    for found, expected in zip(table(moved / "metrics.jsonl"), table(straight / "metrics.jsonl"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    weights, undisturbed = (load_file(run / "export/model.safetensors") for run in (moved, straight))
+    before = load_file(workspace / "model/model.safetensors")
+    for key, value in undisturbed.items():
+        assert (weights[key] - value).abs().max() <= 5e-6 * value.abs().max(), key
+        assert (value - before[key]).abs().max() > 1e-3 * value.abs().max(), f"{key} was trained"
