@@ -188,7 +188,7 @@ def run_cases(launcher: Launcher, cases: dict[str, Case], frozen: Path, out: Pat
     cases = {case.reference: case.as_reference() for case in cases.values()} | cases
     for ranks in sorted({case.ranks for case in cases.values()}):
         chosen = {name: case.arguments for name, case in cases.items() if case.ranks == ranks}
-        losses = launcher.run(ranks, "train", {"cases": chosen, "folder": str(frozen), "out": str(out)}, timeout=500)
+        losses = launcher.run_cases(ranks, "train", chosen, {"folder": str(frozen), "out": str(out)})
         for other in losses[1:]:
             assert other == losses[0], "ranks disagree about the loss"
 

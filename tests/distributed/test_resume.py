@@ -84,14 +84,14 @@ def folder(launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFa
     where = {"folder": str(frozen), "out": str(out)}
     for world in (1, 2, 4):
         cases = {name: _case(model, options) for name, (model, ranks, options) in LAYOUTS.items() if ranks == world}
-        launcher.run(world, "save_and_continue", {"cases": cases} | where)
+        launcher.run_cases(world, "save_and_continue", cases, where)
     for world in (1, 2, 4):
         cases = {
             f"{start}-{end}": _case(LAYOUTS[end][0], LAYOUTS[end][2], checkpoint=str(out / start / "step_000002"))
             for start, end in [*ELSEWHERE, *((name, name) for name in LAYOUTS)]
             if LAYOUTS[end][1] == world
         }
-        states = launcher.run(world, "resume", {"cases": cases} | where)
+        states = launcher.run_cases(world, "resume", cases, where)
         assert all(state == {"cursor": [1, 2]} for rank in states for state in rank.values())
     return out
 
