@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that is free at an address of this machine right now."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
 
 
 def interface_of(address: str) -> str | None:

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from megatron_mapo.config import Config, data_parallel_size
 from megatron_mapo.errors import ConfigError
-from megatron_mapo.launch.environment import free_port, rank_environments, thread_environment
+from megatron_mapo.launch.environment import rank_environments, thread_environment
 from megatron_mapo.launch.processes import Kept, save_request, supervise
+from megatron_mapo.ports import free_port
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.client import read_api_key
 from megatron_mapo.rollout.server import ServerGroup

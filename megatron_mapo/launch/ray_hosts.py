@@ -18,8 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mapo.launch.environment import free_port, network_environment
+from megatron_mapo.launch.environment import network_environment
 from megatron_mapo.launch.processes import POLL_SECONDS, Kept, supervise
+from megatron_mapo.ports import free_port
 
 _OF_RAY = ("RAY_", "PYTHONBREAKPOINT", "SPT_NOENV")
 """Variables that Ray's workers have and their children must not: a key of the cluster among them."""

@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mapo.errors import ConfigError, MapoError
-from megatron_mapo.launch.environment import free_port, network_environment
+from megatron_mapo.launch.environment import network_environment
+from megatron_mapo.ports import free_port
 from megatron_mapo.preemption import SIGNALS
 
 RENDEZVOUS_SECONDS = 300.0

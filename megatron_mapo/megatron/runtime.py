@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mapo.config import Config, data_parallel_size
+from megatron_mapo.ports import free_port
 from megatron_mapo.rendezvous import meeting_place
 
 T = TypeVar("T")
@@ -93,13 +93,6 @@ class Runtime:
         """Leave all process groups."""
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port that is free on loopback right now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def initialize(config: Config) -> Runtime:

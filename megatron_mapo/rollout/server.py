@@ -7,7 +7,6 @@ import http.client
 import ipaddress
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import IO
 from megatron_mapo.config import ModelConfig, ServerConfig
 from megatron_mapo.errors import RolloutError
 from megatron_mapo.patches import sglang_cpu
+from megatron_mapo.ports import free_ports, port_is_free
 from megatron_mapo.process_tree import GRACE
 
 TAIL_LINES = 20
@@ -47,28 +47,6 @@ def log_tail(path: Path, lines: int = TAIL_LINES) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _port_is_free(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_ports(host: str, count: int) -> list[int]:
-    """Ports that are free now, all different. Another process may still take one before its server starts."""
-    with contextlib.ExitStack() as stack:
-        ports = []
-        for _ in range(count):
-            probe = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-            probe.bind((host, 0))
-            ports.append(probe.getsockname()[1])
-    return ports
-
-
 def choose_ports(config: ServerConfig) -> list[int]:
     """One port per server: ``port + i``, or free ones when ``port`` is 0.
 
@@ -76,10 +54,10 @@ def choose_ports(config: ServerConfig) -> list[int]:
         RolloutError: a port is in use.
     """
     if config.port == 0:
-        return _free_ports(config.host, config.count)
+        return free_ports(config.host, config.count)
     ports = [config.port + i for i in range(config.count)]
     for port in ports:
-        if not _port_is_free(config.host, port):
+        if not port_is_free(config.host, port):
             raise RolloutError(
                 f"port {port} on {config.host} is in use; change rollout.server.port (0 picks free ports), "
                 "or end the process that listens there"

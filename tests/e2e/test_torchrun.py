@@ -16,7 +16,7 @@ from runs import command, environment, rows
 from runs import run as run_command
 
 from megatron_mapo.checkpoint_files import complete_checkpoints
-from megatron_mapo.launch.environment import free_port
+from megatron_mapo.ports import free_port
 
 
 def wait_for(holds: Callable[[], object], agents: list[subprocess.Popen]) -> None:
