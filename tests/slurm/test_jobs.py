@@ -110,6 +110,11 @@ def test_a_requeue_by_hand_and_then_the_death_of_the_first_node(straight: Path, 
     assert leftovers(idle) == []
 
 
+def without_servers(rows: list[dict]) -> list[dict]:
+    """Rows without what they say about the servers."""
+    return [{key: value for key, value in row.items() if not key.startswith("servers/")} for row in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # two starts of a job
 def test_a_colocated_job_makes_way_for_an_urgent_one(straight: Path, idle: Cluster, workspace: Path) -> None:
@@ -128,7 +133,7 @@ def test_a_colocated_job_makes_way_for_an_urgent_one(straight: Path, idle: Clust
     assert f"trainers ended with code {Preempted.exit_code}" in said
     assert f"resuming from {run}/checkpoints/step_{first:06d}" in said
     assert re.findall(r"trainers on (.*); servers on (.*)", said) == [("n1 n2", "n1 n2")] * 2
-    assert numbers(run) == numbers(straight)
+    assert without_servers(numbers(run)) == without_servers(numbers(straight)), "two nodes have two servers"
     assert leftovers(idle) == []
 
 
