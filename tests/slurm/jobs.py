@@ -54,10 +54,13 @@ def wait_steps(cluster: Cluster, number: str, run: Path, count: int) -> None:
     assert cluster.state(number) == "RUNNING", output(cluster, number)
 
 
-def numbers(run: Path) -> list[dict]:
-    """What a run logged, but for clocks and the last bits of the servers' log-probs, which depend on their batches."""
+def numbers(run: Path, *without: str) -> list[dict]:
+    """What a run logged, but for clocks and the last bits of the servers' log-probs, which depend on their batches.
+
+    Nor what begins with one of ``without``.
+    """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(VARIES)} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith((*VARIES, *without))} for row in rows]
 
 
 def leftovers(cluster: Cluster) -> list[list[str]]:

@@ -128,7 +128,8 @@ def test_a_colocated_job_makes_way_for_an_urgent_one(straight: Path, idle: Clust
     assert f"trainers ended with code {Preempted.exit_code}" in said
     assert f"resuming from {run}/checkpoints/step_{first:06d}" in said
     assert re.findall(r"trainers on (.*); servers on (.*)", said) == [("n1 n2", "n1 n2")] * 2
-    assert numbers(run) == numbers(straight)
+    assert {row["servers/total"] for row in numbers(run)} == {2}
+    assert numbers(run, "servers/") == numbers(straight, "servers/"), "as with one server on a node of its own"
     assert leftovers(idle) == []
 
 
