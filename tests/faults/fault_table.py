@@ -20,11 +20,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent, HERE.parents[1] / "benchmarks")]
 
 import torch  # noqa: E402
-from fault_runs import CASES, UNDISTURBED, Outcome, make_workspace, run_case  # noqa: E402
+from fault_runs import CASES, UNDISTURBED, Case, Outcome, make_workspace, run_case  # noqa: E402
 from machine import describe_machine, machine_lines  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from server_faults import SERVER_CASES, run_server_case, two_servers  # noqa: E402
-from slurm_faults import SLURM_CASES, missing_programs, run_slurm_case, slurm_cluster  # noqa: E402
+from server_faults import SERVER_CASES, ServerCase, run_server_case, two_servers  # noqa: E402
+from slurm_faults import SLURM_CASES, SlurmCase, missing_programs, run_slurm_case, slurm_cluster  # noqa: E402
 
 HEAD = ("fault", "outcome", "steps done again", "steps lost", "seconds")
 
@@ -72,6 +72,15 @@ class Row:
         return ("goes on" if outcome.resumed_from is None else "starts again") + ", same weights" * self.same
 
 
+def name(case: Case | ServerCase | SlurmCase) -> str:
+    """What the table calls a case."""
+    if isinstance(case, Case):
+        return f"rank {case.rank}: {case.action} in {case.place}"
+    if isinstance(case, ServerCase):
+        return f"servers: {case.name} ({case.place})"
+    return f"Slurm: {case.name}"
+
+
 def same_weights(one: Path, other: Path) -> bool:
     """The exports of two runs are equal bit for bit."""
     if not (one / "export/model.safetensors").exists():
@@ -85,8 +94,7 @@ def trainers(workspace: Path) -> Iterator[Row]:
     straight = run_case(UNDISTURBED, workspace)
     assert straight.code == 0, straight.log
     for case in CASES:
-        fault = f"rank {case.rank}: {case.action} in {case.place}"
-        yield Row(fault, run_case(case, workspace), straight.folder, case.says, case.same)
+        yield Row(name(case), run_case(case, workspace), straight.folder, case.says, case.same)
 
 
 def servers(workspace: Path) -> Iterator[Row]:
@@ -96,7 +104,7 @@ def servers(workspace: Path) -> Iterator[Row]:
         assert straight.code == 0, straight.log
         for case in SERVER_CASES:
             outcome = run_server_case(case, pair, workspace)
-            yield Row(f"servers: {case.name} ({case.place})", outcome, straight.folder, case.says)
+            yield Row(name(case), outcome, straight.folder, case.says)
 
 
 def slurm(workspace: Path) -> Iterator[Row]:
@@ -105,7 +113,7 @@ def slurm(workspace: Path) -> Iterator[Row]:
         straight = run_slurm_case(None, cluster, workspace)
         assert straight.code == 0, straight.log
         for case in SLURM_CASES:
-            yield Row(f"Slurm: {case.name}", run_slurm_case(case, cluster, workspace), straight.folder, case.says)
+            yield Row(name(case), run_slurm_case(case, cluster, workspace), straight.folder, case.says)
 
 
 PARTS: dict[str, Callable[[Path], Iterator[Row]]] = {"trainers": trainers, "servers": servers, "slurm": slurm}
@@ -117,8 +125,8 @@ def main() -> int:
     machine = describe_machine()
     failed = False
     print(f"| {' | '.join(HEAD)} |\n| :-- | :-- | --: | --: | --: |", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        workspace = make_workspace(Path(name))
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = make_workspace(Path(folder))
         for part in chosen:
             for row in PARTS[part](workspace):
                 print(f"| {' | '.join(row.cells())} |", flush=True)
