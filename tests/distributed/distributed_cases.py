@@ -326,7 +326,7 @@ def export_runs(runs: str) -> None:
 
 
 def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str, Any]:
-    """Each case: a fresh policy, the checkpoint, the same saved again, two updates. Returns each loop's state."""
+    """Each case: a fresh policy, the checkpoint, maybe the same saved again, two updates. Returns each loop's state."""
     states = {}
     for name, case in cases.items():
         config = read_config(str(Path(folder) / case["model"]), case["options"])
@@ -335,7 +335,8 @@ def resume(cases: dict[str, dict[str, Any]], folder: str, out: str) -> dict[str,
             policy = open_policy(config, ranks, total_updates=4)
             columns = columns_of(policy, batch, load_file(Path(folder) / f"columns_{case['model']}.safetensors"))
             states[name] = checkpoint.load(policy, ranks, Path(case["checkpoint"]))
-            checkpoint.save(policy, ranks, Path(out) / name, 2, {}, keep=1)
+            if case["save_again"]:
+                checkpoint.save(policy, ranks, Path(out) / name, 2, {}, keep=1)
             found = _continue(policy, batch, columns, 2)
             if ranks.is_main:
                 save_file({k: v.contiguous() for k, v in found.items()}, str(Path(out) / f"{name}.safetensors"))

@@ -87,7 +87,9 @@ def folder(launcher: Launcher, frozen: Path, tmp_path_factory: pytest.TempPathFa
         launcher.run_cases(world, "save_and_continue", cases, where)
     for world in (1, 2, 4):
         cases = {
-            f"{start}-{end}": _case(LAYOUTS[end][0], LAYOUTS[end][2], checkpoint=str(out / start / "step_000002"))
+            f"{start}-{end}": _case(
+                *LAYOUTS[end][::2], checkpoint=str(out / start / "step_000002"), save_again=start != end
+            )
             for start, end in [*ELSEWHERE, *((name, name) for name in LAYOUTS)]
             if LAYOUTS[end][1] == world
         }
