@@ -98,7 +98,7 @@ class Launcher:
         """End the launcher, which waits for requests."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=120)
 
 
 def _rank(rank: int, ranks: int, function: str, arguments: dict[str, Any], port: int, folder: Path) -> None:
@@ -170,3 +170,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # What torch and megatron would still tidy up takes long on a busy machine.
+    os._exit(0)
