@@ -16,7 +16,7 @@ from megatron_mapo.import_path import import_function, is_import_path
 
 _THRESHOLD_KEY = "actor.adv_norm.success_threshold"
 _MODE_KEY = "actor.adv_norm.aggregation_mode"
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Responses that are worked on at a time, where groups do not depend on each other."""
 
 
@@ -44,7 +44,8 @@ class Groups:
     """N responses in K groups: what an estimator sees.
 
     The responses of a group stand together, the groups in the order of their ids. What belongs to a group is
-    ``[K]``, what belongs to a response ``[N]``; ``per_response`` goes from the first to the second.
+    ``[K]``, what belongs to a response ``[N]``; ``per_response`` goes from the first to the second, and ``combine``
+    computes with both.
 
     Every statistic is the same to the last bit in whatever order the responses came, and whatever other groups
     there are: for a group of two different rewards it follows from counts, for others the sums run over the
@@ -80,6 +81,12 @@ class Groups:
             return statistic.unsqueeze(1).expand(-1, self.uniform).reshape(-1)
         return statistic.index_select(0, self.index)
 
+    def combine(self, operation: Callable[[Tensor, Tensor], Tensor], values: Tensor, statistic: Tensor) -> Tensor:
+        """``operation(values, per_response(statistic))``, ``[N]``; groups of one size need no copy of the statistic."""
+        if self.uniform is not None:
+            return operation(values.view(-1, self.uniform), statistic.unsqueeze(1)).view(-1)
+        return operation(values, statistic.index_select(0, self.index))
+
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the groups, ``[K]``, of ``values`` ``[N]``."""
         if self.uniform is not None:
@@ -88,7 +95,11 @@ class Groups:
 
     def divide(self, values: Tensor, divisor: Tensor) -> Tensor:
         """``values`` ``[N]`` over the group's ``divisor`` ``[K]``; 0 in all-equal groups, whatever the divisor."""
-        return values * self.per_response(torch.where(self.varied, 1 / divisor, 0.0))
+        return self.scale(values, 1 / divisor)
+
+    def scale(self, values: Tensor, factor: Tensor) -> Tensor:
+        """``values`` ``[N]`` times the group's ``factor`` ``[K]``; 0 in all-equal groups, whatever the factor."""
+        return self.combine(torch.mul, values, torch.where(self.varied, factor, 0.0))
 
     @functools.cached_property
     def p(self) -> Tensor:
@@ -107,7 +118,7 @@ class Groups:
         of_two = self._high_share * (1 - self._high_share) * (self.high - self.low).square()
         if self.all_two_valued:
             return of_two
-        summed = self.sum((self.rewards - self.per_response(self._summed_mean)).square()) / self.sizes
+        summed = self.sum(self.combine(torch.sub, self.rewards, self._summed_mean).square()) / self.sizes
         return torch.where(self.two_valued, of_two, summed)
 
     def std(self, config: AdvNormConfig) -> Tensor:
@@ -131,24 +142,26 @@ class Groups:
     @functools.cached_property
     def centred(self) -> Tensor:
         """float64 ``[N]``: distance of each reward to its group's mean; exactly 0 in all-equal groups."""
-        return self.rewards - self.per_response(self.mean)
+        return self.combine(torch.sub, self.rewards, self.mean)
 
     @functools.cached_property
     def highest(self) -> Tensor:
         """bool ``[N]``: no reward of the group is higher."""
-        return self.rewards == self.per_response(self.high)
+        return self.combine(torch.eq, self.rewards, self.high)
 
     @functools.cached_property
     def two_valued(self) -> Tensor:
-        """bool ``[K]``: the group has at most two different rewards: none has a distance to both its extremes."""
-        above = self.rewards - self.per_response(self.low)
-        below = self.per_response(self.high) - self.rewards
-        return self.sum(torch.minimum(above, below)) == 0
+        """bool ``[K]``: the group has at most two different rewards: each is one of its extremes."""
+        return self.sum((~self._extreme).double()) == 0
 
     @functools.cached_property
     def all_two_valued(self) -> bool:
         """Every group has at most two different rewards."""
-        return bool(self.two_valued.all())
+        return bool(self._extreme.all())
+
+    @functools.cached_property
+    def _extreme(self) -> Tensor:
+        return self.highest | self.combine(torch.eq, self.rewards, self.low)
 
     @functools.cached_property
     def _high_share(self) -> Tensor:
@@ -436,8 +449,9 @@ def _native(groups: Groups, config: AdvNormConfig) -> Tensor:
 
 def _mix(groups: Groups, config: AdvNormConfig) -> Tensor:
     lam = _lambda(groups.p)
-    weight = (1 - lam) / (groups.std(config) + config.eps) + lam / _positive_mean(groups, config)
-    return groups.centred * groups.per_response(torch.where(groups.varied, weight, 0.0))
+    return groups.scale(
+        groups.centred, (1 - lam) / (groups.std(config) + config.eps) + lam / _positive_mean(groups, config)
+    )
 
 
 def _mean_only(groups: Groups, config: AdvNormConfig) -> Tensor:
@@ -449,7 +463,7 @@ def _center(groups: Groups, config: AdvNormConfig) -> Tensor:
 
 
 def _rloo(groups: Groups, config: AdvNormConfig) -> Tensor:
-    return groups.centred * groups.per_response(groups.sizes / (groups.sizes - 1).clamp(min=1))
+    return groups.scale(groups.centred, groups.sizes / (groups.sizes - 1).clamp(min=1))
 
 
 def _gpg(groups: Groups, config: AdvNormConfig) -> Tensor:
