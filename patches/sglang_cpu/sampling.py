@@ -2,8 +2,10 @@
 
 sglang 0.5.23 honours ``sampling_seed`` only with ``--enable-deterministic-inference``, which needs a GPU.
 Here every request that brings a seed is sampled by inverse transform: token = the first whose
-cumulative probability exceeds ``u(seed, position)``. The tokens of a request then do not depend on
-which other requests are decoded beside it, beyond floating-point noise in the probabilities.
+cumulative probability, in the order of the vocabulary, exceeds ``u(seed, position)``. The tokens of a
+request then do not depend on which other requests are decoded beside it, beyond floating-point noise in
+the probabilities. (sglang's own filters, which one greedy request in the batch is enough to call, leave
+the tokens in the order of their probabilities.)
 """
 
 from __future__ import annotations
@@ -56,6 +58,25 @@ def sample_with_seeds(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor
     return index.clamp_(max=probs.shape[-1] - 1)
 
 
+def filtered(probs: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> Tensor:
+    """Probabilities ``[B, V]`` with 0 where a row's top-k, top-p (below 1) or min-p leaves a token out.
+
+    A row that leaves none out is returned as it is, to the last bit.
+
+    Args:
+        probs: ``[B, V]``.
+        top_ks: integer ``[B]``, tokens that are kept: the most likely, of equal ones the first.
+        top_ps: ``[B]``, those are kept before which less than this share of the probability lies.
+        min_ps: ``[B]``, least share of the largest probability.
+    """
+    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    top_ks, top_ps, min_ps = (limit.view(-1, 1) for limit in (top_ks, top_ps, min_ps))
+    left_out = (rank >= top_ks) | ((before > top_ps) & (top_ps < 1)) | (ordered < min_ps * ordered[:, :1])
+    return torch.zeros_like(probs).scatter_(-1, tokens, ordered.masked_fill(left_out, 0.0))
+
+
 def _requested_seeds(reqs: list) -> Tensor:
     """The requests' seeds, int64 ``[B]``; a request without one gets a random one for this batch."""
     seeds = torch.randint(-(2**63), 2**63 - 1, (len(reqs),), dtype=torch.int64)
@@ -79,7 +100,15 @@ def apply() -> None:
         return made
 
     info.from_schedule_batch = classmethod(from_schedule_batch)
-    # every seeded path of sglang's sampler goes through this function, with log-probs
+    with_filters = sampler.top_k_top_p_min_p_sampling_from_probs_torch
+
+    def sample_filtered(probs, top_ks, top_ps, min_ps, need_min_p, sampling_seed, positions, **options):
+        if options.get("return_filtered_probs"):  # a request for the mask that was sampled from; none of ours
+            return with_filters(probs, top_ks, top_ps, min_ps, need_min_p, sampling_seed, positions, **options)
+        tokens = sample_with_seeds(filtered(probs, top_ks, top_ps, min_ps), sampling_seed, positions)
+        return tokens.view(-1).to(torch.int32)
+
+    sampler.top_k_top_p_min_p_sampling_from_probs_torch = sample_filtered
     sampler.multinomial_with_seed = lambda logprobs, seed, positions: sample_with_seeds(logprobs.exp(), seed, positions)
     sampler.sampling_from_probs_torch = lambda probs, sampling_seed=None, positions=None: (
         sample_with_seeds(probs, sampling_seed, positions).view(-1).to(torch.int32)

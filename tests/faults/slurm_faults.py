@@ -52,9 +52,10 @@ def _node_dies(cluster: Cluster, number: str) -> None:
 
 def _controller_dies(cluster: Cluster, number: str) -> None:
     """And the job is to end; the controller comes back when the job waits for it."""
+    printed = Path(cluster.job(number)["StdOut"])
     cluster.stop_controller()
     os.kill(job_script(cluster, "n1"), signal.SIGUSR1)
-    time.sleep(10)
+    wait_for(lambda: "controller does not answer" in printed.read_text(), "the job waits for the controller")
     cluster.start_controller()
 
 

@@ -39,7 +39,8 @@ def test_tokens_of_a_seed_do_not_depend_on_the_other_requests(call):
 
     async def together(client: RolloutClient):
         groups = [client.generate([3 + i, 4 + i, 5 + i], 4, sampling, [10 * i + j for j in range(4)]) for i in range(8)]
-        return await asyncio.gather(*groups)
+        greedy = [client.generate([3 + i, 4 + i, 5 + i], 1, Sampling(16, 0.0)) for i in range(8)]
+        return await asyncio.gather(*groups, *greedy)
 
     crowd = call(together)
     alone = call(lambda c: c.generate([3, 4, 5], 4, sampling, [0, 1, 2, 3]))

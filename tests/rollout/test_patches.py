@@ -1,4 +1,4 @@
-"""The batched decode attention equals one attention per request."""
+"""What the patches of SGLang on CPU compute: attention in batches, tokens by seed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_mapo.patches.sglang_cpu.attention import decode_attention
+from megatron_mapo.patches.sglang_cpu.sampling import filtered, sample_with_seeds
 
 
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (6, 1)])
@@ -31,3 +32,22 @@ def test_decode_attention_equals_one_call_per_request(batch, heads):
         expected.append(scaled_dot_product_attention(q[:, None], k, v, scale=0.3)[:, 0])
     found = decode_attention(query, keys, values, req_to_token, rows, lengths, 0.3)
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_filters_keep_the_most_likely_tokens_in_their_places():
+    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).repeat(4, 1)
+    top_ks, top_ps = torch.tensor([1, 4, 4, 4]), torch.tensor([1.0, 0.6, 1.0, 1.0])
+    min_ps = torch.tensor([0.0, 0.0, 0.6, 0.0])
+    expected = torch.tensor([[0, 0.4, 0, 0], [0, 0.4, 0, 0.3], [0, 0.4, 0, 0.3], [0.1, 0.4, 0.2, 0.3]])
+    assert torch.equal(filtered(probs, top_ks, top_ps, min_ps), expected)
+
+
+def test_without_a_filter_probabilities_are_unchanged_beside_a_greedy_row():
+    probs = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    seeds, positions, none = torch.arange(64), torch.full((64,), 7), torch.ones(64)
+    top_ks = torch.full((64,), 1 << 30).index_fill_(0, torch.tensor([0]), 1)
+    mixed = filtered(probs, top_ks, none, 0 * none)
+    assert torch.equal(mixed[1:], probs[1:])
+    beside_a_greedy_one, alone = (sample_with_seeds(p, seeds, positions) for p in (mixed, probs))
+    assert torch.equal(beside_a_greedy_one[1:], alone[1:])
+    assert beside_a_greedy_one[0] == probs[0].argmax()
