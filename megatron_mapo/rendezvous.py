@@ -1,7 +1,7 @@
 """Where the trainers of one start meet: a key-value store that nobody else reads.
 
-On one machine it listens on loopback alone (torch's own listens on every interface). torchrun keeps one store for
-all its restarts, and a process group looks for its peers' addresses there: after a restart it can find those of
+It listens on the address by which rank 0 is known alone, on one machine on loopback (torch's own listens on every
+interface). torchrun keeps one store for all its restarts, and a process group looks for its peers' addresses there: after a restart it can find those of
 processes that are dead (pytorch issues 135712, 167288). The count of restarts in the environment does not tell the
 starts apart, because each node has its own. So rank 0 names the start by a random token, and every other rank makes
 sure that the rank 0 which wrote it is alive.
@@ -10,6 +10,8 @@ sure that the rank 0 which wrote it is alive.
 from __future__ import annotations
 
 import datetime
+import errno
+import ipaddress
 import os
 import socket
 import time
@@ -22,7 +24,7 @@ _PATIENCE = 2.0
 
 
 def meeting_place(rank: int, world_size: int, timeout: datetime.timedelta) -> Store | None:
-    """The store of this start; None where torch's own has to do (several machines, no torchrun agent). Collective.
+    """The store of this start; None where torchrun keeps one that only torch can find. Collective.
 
     Args:
         rank: this process.
@@ -32,16 +34,27 @@ def meeting_place(rank: int, world_size: int, timeout: datetime.timedelta) -> St
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return _part_of_agents_store(address, port, rank, world_size, timeout)
-    if address in ("127.0.0.1", "localhost") and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return _loopback_store(port, rank, world_size, timeout)
-    return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    address = "127.0.0.1" if address == "localhost" else address
+    listener = _listener(address, port) if rank == 0 else None
+    if listener is None:
+        return TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+    return TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
 
 
-def _loopback_store(port: int, rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
-    if rank != 0:
-        return TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timeout)
-    listener = socket.create_server(("127.0.0.1", port)).detach()
-    return TCPStore("127.0.0.1", port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener)
+def _listener(address: str, port: int) -> socket.socket | None:
+    """A socket at this address of rank 0; None where others know it by an address that it does not have itself."""
+    family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    name_of_loopback = ipaddress.ip_address(place[0]).is_loopback and place[0] != address
+    if name_of_loopback:  # what the own host name is on some machines, and on no other machine
+        return None
+    try:
+        return socket.create_server(place[:2], family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:  # a translated address
+            return None
+        raise
 
 
 def _part_of_agents_store(address: str, port: int, rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
