@@ -1,10 +1,10 @@
 """Where the trainers of one start meet: a key-value store that nobody else reads.
 
 It listens on the address by which rank 0 is known alone, on one machine on loopback (torch's own listens on every
-interface). torchrun keeps one store for all its restarts, and a process group looks for its peers' addresses there: after a restart it can find those of
-processes that are dead (pytorch issues 135712, 167288). The count of restarts in the environment does not tell the
-starts apart, because each node has its own. So rank 0 names the start by a random token, and every other rank makes
-sure that the rank 0 which wrote it is alive.
+interface). torchrun keeps one store for all its restarts, and a process group looks for its peers' addresses there:
+after a restart it can find those of processes that are dead (pytorch issues 135712, 167288). The count of restarts in
+the environment does not tell the starts apart, because each node has its own. So rank 0 names the start by a random
+token, and every other rank makes sure that the rank 0 which wrote it is alive.
 """
 
 from __future__ import annotations

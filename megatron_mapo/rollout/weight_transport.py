@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -22,7 +23,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import (
+    Backend,
+    PrefixStore,
+    _abort_process_group,
+    _new_process_group_helper,
+    _world,
+)
 
 from megatron_mapo.errors import RolloutError, WeightSyncError
 from megatron_mapo.rollout.client import Refused, RolloutClient
@@ -198,7 +205,8 @@ class _Group:
             Backend(self._backend),
             store,
             group_name=self.name,  # type: ignore[arg-type]
-            timeout=timedelta(seconds=self.timeout),
+            # A collective of NCCL that reaches this limit ends the process. Requests fail before; `leave` aborts it.
+            timeout=timedelta(seconds=self.timeout * (2 if self._backend == "nccl" else 1)),
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
         if not self._left:
@@ -238,9 +246,23 @@ class _Group:
         self._store = None
         # The whole process may have left all of its groups before.
         if group is not None and _world.pg_map.get(group) is not None:
-            dist.destroy_process_group(group)
+            await _break(group, self._backend)
         del group  # only when the last reference is gone are its connections closed
         return {url: failure for url, failure in (await asked)[1].items() if not isinstance(failure, Refused)}
+
+
+async def _break(group: dist.ProcessGroup, backend: str) -> None:
+    """End a group, and with it a collective in which it stands.
+
+    NCCL waits for its kernels unless it is told to abort, and one whose peer is dead never ends. The abort itself may
+    take its time, so nothing here waits for it longer than for a server.
+    """
+    if backend != "nccl":
+        dist.destroy_process_group(group)
+        return
+    thread = threading.Thread(target=_abort_process_group, args=(group,), daemon=True)
+    thread.start()
+    await asyncio.to_thread(thread.join, CLEANUP_SECONDS)
 
 
 class BroadcastTransport:
