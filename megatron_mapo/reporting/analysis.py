@@ -272,6 +272,13 @@ def gradients_by_rate(study: Study, arm: Arm) -> Array | None:
     return np.divide((norms * there).sum(1), count, out=np.full(len(norms), np.nan), where=count > 0)
 
 
+def clipped_share(run: RunData) -> float:
+    """Share of steps whose largest gradient was clipped (``actor.optim.clip_grad``); NaN where that is not known."""
+    norms = [norm for row in run.metrics if (norm := row.get("optim/grad_norm")) is not None]
+    limit = float(run.config["actor.optim.clip_grad"])
+    return float(np.mean([norm > limit for norm in norms])) if norms else math.nan
+
+
 def seconds(run: RunData) -> float:
     """Time in training steps."""
     return float(sum(row.get("seconds/step") or 0.0 for row in run.metrics))

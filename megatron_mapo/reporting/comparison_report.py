@@ -20,6 +20,7 @@ from megatron_mapo.reporting.analysis import (
     Reaching,
     SamePrompts,
     advantages_by_rate,
+    clipped_share,
     evaluations_between,
     final_pass,
     gradients_by_rate,
@@ -59,6 +60,8 @@ _COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, RED)
 _BUDGET = ("trainer.steps", "rollout.prompts_per_step", "rollout.responses_per_prompt")
 _SMOOTHED = 20
 """Curves of single steps are averaged over this part of the run."""
+_UNEQUAL_CLIPPING = 0.1
+"""Shares of clipped steps that differ by more are pointed out."""
 
 Paint = Callable[["Figure"], None]
 
@@ -150,6 +153,7 @@ def _summary(results: Results) -> dict[str, Any]:
         "target": results.target,
         "reached": plain(results.reached),
         "advantages_by_rate": plain(results.advantages),
+        "clipped_share": {arm.label: plain(study.values(arm, clipped_share)) for arm in study.arms},
         "gradients_by_rate": {arm.label: plain(gradients_by_rate(study, arm)) for arm in study.arms},
         "lambda_histogram": {arm.label: plain(mean_histogram(study, arm, "group/lambda_hist")) for arm in study.arms},
         "seconds": {arm.label: study.values(arm, seconds).tolist() for arm in study.arms},
@@ -168,7 +172,9 @@ def _page(results: Results, title: str, pictures: dict[str, tuple[Paint, str, tu
     sections = [
         _result(results, drawn),
         _training(results),
-        Section("Learning curves", [_bands_text(count)], pictures=_some(drawn, "curves", "gradients")),
+        Section(
+            "Learning curves", [_bands_text(count), _clipped_text(study)], pictures=_some(drawn, "curves", "gradients")
+        ),
         _target(results),
         _advantages(results, drawn),
         _gradients(results.study, drawn),
@@ -186,6 +192,18 @@ def _bands_text(seeds: int) -> str:
     if seeds == 1:
         return "One seed: there are no bands."
     return f"Mean of {seeds} seeds; bands are pointwise 95 % intervals over seeds (Student)."
+
+
+def _clipped_text(study: Study) -> str:
+    shares = {arm.label: float(study.values(arm, clipped_share).mean()) for arm in study.arms}
+    told = ", ".join(f"{label} {share:.0%}" for label, share in shares.items() if np.isfinite(share))
+    text = f"Steps whose gradient was clipped (actor.optim.clip_grad): {told or 'not known'}."
+    if np.ptp(list(shares.values())) > _UNEQUAL_CLIPPING:
+        text += (
+            " Clipping makes all its gradients equally large, and not those of every configuration: to compare how "
+            "large an estimator makes them, set it out of reach."
+        )
+    return text
 
 
 def _result(results: Results, drawn: dict[str, Picture]) -> Section:

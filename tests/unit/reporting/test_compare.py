@@ -289,6 +289,21 @@ class TestNumbers:
                 assert found.weight[i] == 0
         assert checked >= 2
 
+    def test_the_share_of_clipped_steps(self, tmp_path):
+        clipped, free = "actor.optim.clip_grad=0.4", "actor.optim.clip_grad=0.6"
+        made = [
+            make_run(tmp_path / f"{name}-seed{i}", key, seed=i)
+            for name, key in (("a", clipped), ("b", free))
+            for i in (0, 1)
+        ]
+        assert main(["compare", "--output", str(tmp_path / "out"), "--runs", *map(str, made)]) == 0
+        assert json.loads((tmp_path / "out/summary.json").read_text())["clipped_share"] == {
+            "a": [1.0] * 2,
+            "b": [0.0] * 2,
+        }
+        text = (tmp_path / "out/report.md").read_text()
+        assert "clipped (actor.optim.clip_grad): a 100%, b 0%. Clipping makes" in text
+
     def test_measured_gradients_by_success_rate(self, runs, tmp_path):
         key = "tracking.gradients_every=2"
         made = [make_run(tmp_path / f"{name}-seed{seed}", key, seed=seed) for name in "ab" for seed in (0, 1)]
