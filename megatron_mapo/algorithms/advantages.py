@@ -53,7 +53,8 @@ class Groups:
 
     Attributes:
         rewards: float64 ``[N]``.
-        succeeded: bool ``[N]``, which responses are successes (see ``group_statistics``).
+        success: bool ``[N]``, which responses are successes, where that is known.
+        threshold: the lowest reward of a success, where it is not.
         ids: int64 ``[K]``, ascending.
         index: int64 ``[N]``, the place in ``ids`` of each response's group.
         sizes: int64 ``[K]``.
@@ -62,7 +63,8 @@ class Groups:
     """
 
     rewards: Tensor
-    succeeded: Tensor
+    success: Tensor | None
+    threshold: float | None
     ids: Tensor
     index: Tensor
     sizes: Tensor
@@ -100,6 +102,11 @@ class Groups:
     def scale(self, values: Tensor, factor: Tensor) -> Tensor:
         """``values`` ``[N]`` times the group's ``factor`` ``[K]``; 0 in all-equal groups, whatever the factor."""
         return self.combine(torch.mul, values, torch.where(self.varied, factor, 0.0))
+
+    @functools.cached_property
+    def succeeded(self) -> Tensor:
+        """bool ``[N]``: which responses are successes (see ``group_statistics``)."""
+        return _success(self) if self.success is None else self.success
 
     @functools.cached_property
     def p(self) -> Tensor:
@@ -327,20 +334,17 @@ def _group(
 ) -> tuple[Groups, Tensor | None]:
     """The groups of responses in the order of their ids, and the place in ``rewards`` of each response there (None:
     the same)."""
-    ids, index, sizes = torch.unique_consecutive(group_ids, return_inverse=True, return_counts=True)
-    groups, order = _with_extremes(rewards.double(), ids, index, sizes), None
-    if not groups.all_two_valued:
-        # Sums in the order of the rewards, not of the responses.
-        by_reward = groups.rewards.argsort(stable=True)
-        order = by_reward[groups.index[by_reward].argsort(stable=True)]
-        groups = replace(groups, rewards=groups.rewards[order])
-    if success is not None:
-        return replace(groups, succeeded=success if order is None else success[order]), order
     threshold = config.success_threshold
     if threshold is not None and rewards.is_floating_point():
         # As the rewards are rounded: a reward of 0.9 in float32 reaches a threshold of 0.9.
         threshold = float(torch.tensor(threshold, dtype=rewards.dtype))
-    return replace(groups, succeeded=_success(groups, threshold)), order
+    groups = _with_extremes(rewards.double(), group_ids, success, threshold)
+    if groups.all_two_valued:
+        return groups, None
+    # Sums in the order of the rewards, not of the responses.
+    by_reward = groups.rewards.argsort(stable=True)
+    order = by_reward[groups.index[by_reward].argsort(stable=True)]
+    return replace(groups, rewards=groups.rewards[order], success=None if success is None else success[order]), order
 
 
 def _check(rewards: Tensor, group_ids: Tensor, success: Tensor | None) -> None:
@@ -370,8 +374,9 @@ def _check(rewards: Tensor, group_ids: Tensor, success: Tensor | None) -> None:
         )
 
 
-def _with_extremes(values: Tensor, ids: Tensor, index: Tensor, sizes: Tensor) -> Groups:
-    """Groups of values that stand group by group; ``succeeded`` is still to be found."""
+def _with_extremes(values: Tensor, group_ids: Tensor, success: Tensor | None, threshold: float | None) -> Groups:
+    """Groups of values that stand group by group."""
+    ids, index, sizes = torch.unique_consecutive(group_ids, return_inverse=True, return_counts=True)
     largest = int(sizes.max())
     uniform = largest if largest * len(ids) == len(values) else None
     if uniform is not None:
@@ -379,13 +384,13 @@ def _with_extremes(values: Tensor, ids: Tensor, index: Tensor, sizes: Tensor) ->
     else:
         low = torch.segment_reduce(values, "min", lengths=sizes)
         high = torch.segment_reduce(values, "max", lengths=sizes)
-    return Groups(values, torch.empty(0, dtype=torch.bool), ids, index, sizes, low, high, uniform)
+    return Groups(values, success, threshold, ids, index, sizes, low, high, uniform)
 
 
-def _success(groups: Groups, threshold: float | None) -> Tensor:
+def _success(groups: Groups) -> Tensor:
     """bool ``[N]``, as ``group_statistics`` says when the verifier does not."""
-    if threshold is not None:
-        return groups.rewards >= threshold
+    if groups.threshold is not None:
+        return groups.rewards >= groups.threshold
     worst, best = groups.low.min(), groups.high.max()
     # Compared as distances: the midpoint of two neighbouring floats would round to one of them.
     equal_and_good = best - groups.high < groups.high - worst if bool(best > worst) else groups.high > 0
@@ -406,7 +411,7 @@ def _right_or_wrong(groups: Groups, config: AdvNormConfig) -> Groups:
         _refuse_graded(groups, config)
     binary = groups.succeeded.double()
     low, high = (torch.where(groups.varied, edge, groups.p) for edge in (0.0, 1.0))
-    return replace(groups, rewards=binary, low=low, high=high)
+    return replace(groups, rewards=binary, success=groups.succeeded, low=low, high=high)
 
 
 def _refuse_graded(groups: Groups, config: AdvNormConfig) -> None:
