@@ -44,6 +44,8 @@ _PRIVATE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray would kill an actor, with all that it started, when the machine's memory runs low.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Ray's workers make way for all else (15), and trainers and servers inherit it.
+    "RAY_worker_niceness": "0",
 }
 """Environment of a cluster that only this process may use; with a key beside it."""
 

@@ -23,6 +23,7 @@ class Seen:
         self.command_lines: set[str] = set()
         self.names: dict[int, set[str]] = {}  # all of each process: sglang's workers change theirs
         self.listening: set[tuple[str, int]] = set()
+        self.niceness: dict[int, int] = {}
 
     def look(self, process: psutil.Process) -> None:
         for one in [process, *process.children(recursive=True)]:
@@ -30,6 +31,7 @@ class Seen:
                 command = " ".join(one.cmdline())
                 self.command_lines.add(command)
                 self.names.setdefault(one.pid, set()).add(command)
+                self.niceness[one.pid] = one.nice()
                 for connection in one.net_connections("inet"):
                     if connection.status == psutil.CONN_LISTEN:
                         self.listening.add((connection.laddr.ip.removeprefix("::ffff:"), one.pid))
@@ -97,3 +99,11 @@ def test_nothing_of_ours_listens_beyond_this_machine(launched: tuple[Seen, Path,
     assert any("server_main" in name for name in local)
     assert any("megatron_mapo.train" in name for name in local)
     assert not [names for names in beyond if not any(name.startswith("sglang::scheduler") for name in names)]
+
+
+def test_trainers_and_servers_have_the_priority_of_the_command(launched: tuple[Seen, Path, str]) -> None:
+    """Ray's own workers make way for everything else on the machine."""
+    seen = launched[0]
+    ours = [pid for pid, names in seen.names.items() if any("server_main" in n or "apo.train" in n for n in names)]
+    assert ours
+    assert {seen.niceness[pid] for pid in ours} == {os.nice(0)}
