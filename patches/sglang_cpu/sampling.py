@@ -61,7 +61,7 @@ def sample_with_seeds(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor
 def filtered(probs: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> Tensor:
     """Probabilities ``[B, V]`` with 0 where a row's top-k, top-p (below 1) or min-p leaves a token out.
 
-    A row that leaves none out is returned as it is, to the last bit.
+    A row that leaves none out is returned as it is, to the last bit, and costs no sort.
 
     Args:
         probs: ``[B, V]``.
@@ -69,11 +69,21 @@ def filtered(probs: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> T
         top_ps: ``[B]``, those are kept before which less than this share of the probability lies.
         min_ps: ``[B]``, least share of the largest probability.
     """
+    kept = probs.clone()
+    greedy = (top_ks == 1).nonzero().flatten()
+    best = probs[greedy].argmax(-1, keepdim=True)
+    kept[greedy] = torch.zeros_like(kept[greedy]).scatter_(-1, best, probs[greedy].gather(-1, best))
+    rows = ((top_ks > 1) & ((top_ks < probs.shape[-1]) | (top_ps < 1) | (min_ps > 0))).nonzero().flatten()
+    if len(rows):
+        kept[rows] = _most_likely(probs[rows], *(limit[rows].view(-1, 1) for limit in (top_ks, top_ps, min_ps)))
+    return kept
+
+
+def _most_likely(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     rank = torch.arange(probs.shape[-1], device=probs.device)
-    top_ks, top_ps, min_ps = (limit.view(-1, 1) for limit in (top_ks, top_ps, min_ps))
-    left_out = (rank >= top_ks) | ((before > top_ps) & (top_ps < 1)) | (ordered < min_ps * ordered[:, :1])
+    left_out = (rank >= top_k) | ((before > top_p) & (top_p < 1)) | (ordered < min_p * ordered[:, :1])
     return torch.zeros_like(probs).scatter_(-1, tokens, ordered.masked_fill(left_out, 0.0))
 
 

@@ -35,10 +35,11 @@ def test_decode_attention_equals_one_call_per_request(batch, heads):
 
 
 def test_filters_keep_the_most_likely_tokens_in_their_places():
-    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).repeat(4, 1)
-    top_ks, top_ps = torch.tensor([1, 4, 4, 4]), torch.tensor([1.0, 0.6, 1.0, 1.0])
-    min_ps = torch.tensor([0.0, 0.0, 0.6, 0.0])
-    expected = torch.tensor([[0, 0.4, 0, 0], [0, 0.4, 0, 0.3], [0, 0.4, 0, 0.3], [0.1, 0.4, 0.2, 0.3]])
+    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).repeat(5, 1)
+    top_ks, top_ps = torch.tensor([1, 4, 4, 4, 3]), torch.tensor([1.0, 0.6, 1.0, 1.0, 1.0])
+    min_ps = torch.tensor([0.0, 0.0, 0.6, 0.0, 0.0])
+    two = [0, 0.4, 0, 0.3]
+    expected = torch.tensor([[0, 0.4, 0, 0], two, two, [0.1, 0.4, 0.2, 0.3], [0, 0.4, 0.2, 0.3]])
     assert torch.equal(filtered(probs, top_ks, top_ps, min_ps), expected)
 
 
