@@ -318,6 +318,35 @@ def test_missing_and_unexpected_tensors_are_named(
         build_model(config, path, runtime.device)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_a_head_beside_tied_embeddings_must_be_the_embeddings(
+    arch: str,
+    folder: Callable[..., Path],
+    config: Config,
+    runtime: Runtime,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers computes with a head that the folder has, whatever ``tie_word_embeddings`` says."""
+
+    def head(row: int, factor: float) -> Callable[[dict[str, Tensor]], None]:
+        def change(tensors: dict[str, Tensor]) -> None:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            tensors["lm_head.weight"][row] *= factor
+
+        return change
+
+    monkeypatch.setattr("megatron_mapo.megatron.hf._COMPARED_ROWS", 100)
+    source = folder(arch)
+    same = change_tensors(source, tmp_path / "same", head(0, 1.0))
+    model, hf = build_model(config, same, runtime.device)
+    assert_same_tensors(dict(named_weights(model, hf)), load_file(source / "model.safetensors"))
+    for row in (0, -1):
+        other = change_tensors(source, tmp_path / f"other{row}", head(row, 3.0))
+        with pytest.raises(DataError, match=r"tie_word_embeddings.*lm_head\.weight"):
+            build_model(config, other, runtime.device)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
