@@ -41,6 +41,7 @@ from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch, ragged_i
 from megatron_mapo.errors import (
     CheckpointError,
     ConfigError,
+    MainFailed,
     MapoError,
     Preempted,
     RewardError,
@@ -148,7 +149,7 @@ class Trainer:
                 outcome = (None, error)
             except Exception as error:
                 # A bug: the others end quietly, rank 0 keeps its traceback.
-                self.runtime.broadcast((None, MapoError(f"rank 0 failed: {type(error).__name__}: {error}")))
+                self.runtime.broadcast((None, MainFailed(f"rank 0 failed: {type(error).__name__}: {error}")))
                 raise
         value, failure = self.runtime.broadcast(outcome)
         if failure is not None:
@@ -260,12 +261,21 @@ class Trainer:
         return self.tracker
 
     def open_and_run(self) -> None:
-        """Open, train to the end and close. A run that its servers or its verifier end keeps its finished steps."""
+        """Open, train to the end and close.
+
+        A run that its servers or its verifier end keeps its finished steps, one that ends by another error the
+        checkpoint that is being written.
+        """
         try:
             self.open()
             self.run()
         except (RolloutError, RewardError):
             self.save_progress()
+            raise
+        except MainFailed:
+            raise
+        except MapoError:
+            self._complete_checkpoint()
             raise
         finally:
             self.close()
@@ -551,6 +561,14 @@ class Trainer:
             self.save()
             self.checkpointer.wait()
             self._say(f"saved a checkpoint of step {self.step}")
+
+    def _complete_checkpoint(self) -> None:
+        """Wait for a checkpoint that is being written. The run ends by another error, which is the one to be seen."""
+        try:
+            with self.watchdog.phase("end"):
+                self.checkpointer.wait()
+        except CheckpointError as error:
+            self._say(f"warning: {error}")
 
     def export(self, out: Path) -> None:
         """Write the actor as a Hugging Face folder and, under LoRA, its adapters as PEFT's ``adapter/`` beside it."""

@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from frozen_trainer import train_frozen as train_frozen  # a case like those below
+from frozen_trainer import train_and_disagree as train_and_disagree  # cases like those below
+from frozen_trainer import train_frozen as train_frozen
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -277,6 +277,19 @@ def test_a_run_resumes_from_the_step_that_was_asked_for(launcher: Launcher, work
     assert checkpoint_files.read_manifest(newest) == manifest, "with the score"
 
 
+def test_a_run_that_ends_by_an_error_completes_the_checkpoint_that_is_being_written(
+    launcher: Launcher, workspace: Path
+) -> None:
+    options = ["run.name=disagrees", "trainer.save_interval=1"]
+    arguments = {"config": str(workspace / "config.yaml"), "overrides": options}
+    for kind, text in launcher.run(2, "train_and_disagree", arguments):
+        assert kind == "TrainingError"
+        assert "server and trainer disagree" in text
+    checkpoints = workspace / "runs/disagrees/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_000001"]
+    assert checkpoint_files.verify(checkpoints / "step_000001") is not None
+
+
 def test_a_start_that_must_not_be_changes_nothing(launcher: Launcher, workspace: Path) -> None:
     folder = workspace / "runs" / "refused"
     first = RunLock(folder)
