@@ -570,7 +570,8 @@ class TrainerConfig:
     keep_every: int = 0
     """Keep the checkpoints of every this many steps for good; 0: none."""
     keep_best: bool = False
-    """Keep the checkpoint with the highest `best_metric` of the evaluation at its step; the file `best` names it."""
+    """Keep the checkpoint with the highest `best_metric` of the evaluation at its step; the file `best` names it.
+    Scores of another metric or of other data are not compared."""
     best_metric: str = "pass_at_1"
     """What `keep_best` compares: a number of `evaluations.jsonl`, higher is better."""
     verify_checkpoints: bool = True

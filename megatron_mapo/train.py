@@ -35,7 +35,7 @@ from megatron_mapo.algorithms.metrics import (
     update_metrics,
 )
 from megatron_mapo.algorithms.token_sequences import TokenSequences
-from megatron_mapo.checkpoint_files import Retention
+from megatron_mapo.checkpoint_files import Measure, Retention
 from megatron_mapo.config import Config, KLPlacement, OldLogprobs, Resume, load_config, to_yaml
 from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch, ragged_indices
 from megatron_mapo.errors import (
@@ -290,7 +290,7 @@ class Trainer:
             # Also one that the servers did not live to see before the run was started again.
             score = self._score(self.evaluate())
             if score is not None:
-                self.checkpointer.add_score(self.step, score)
+                self.checkpointer.add_score(self.step, score, self._measure())
         while self.step < settings.steps:
             with self.watchdog.phase(f"step {self.step + 1}"):
                 self.train_step()
@@ -540,6 +540,13 @@ class Trainer:
         """``trainer.best_metric`` of an evaluation, if it was measured."""
         return evaluation.get(self.config.trainer.best_metric)
 
+    def _measure(self) -> Measure | None:
+        """What scores of this run are numbers of; None on other ranks than 0."""
+        if not self.runtime.is_main or self._main_rollout.held_out is None:
+            return None
+        settings, held_out = self.config.trainer, self._main_rollout.held_out
+        return Measure(settings.best_metric, settings.evaluation.samples, held_out.fingerprint())
+
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of everything; with ``trainer.async_save`` it is complete some steps later.
 
@@ -549,7 +556,7 @@ class Trainer:
         with self.watchdog.phase("save"):
             self.on_main(lambda: self._main_tracker.flush())
             state = self.on_main(lambda: {"prompts": self._main_rollout.prompts.state_dict()})
-            self.checkpointer.start(self.policy, self.step, state, score)
+            self.checkpointer.start(self.policy, self.step, state, score, None if score is None else self._measure())
             if not self.config.trainer.async_save:
                 self.checkpointer.wait()
 

@@ -152,7 +152,10 @@ def _manifest_lines(manifest: Manifest, config: Path) -> list[str]:
         f"  written    {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}",
         f"  config     {manifest.config_hash} ({'as' if same else 'not as'} {config.name} is now)",
     ]
-    return lines if manifest.score is None else [*lines, f"  score      {manifest.score:.6g}"]
+    if manifest.score is not None:
+        of = "" if manifest.measure is None else f" ({manifest.measure})"
+        lines.append(f"  score      {manifest.score:.6g}{of}")
+    return lines
 
 
 def _mib(size: int) -> str:

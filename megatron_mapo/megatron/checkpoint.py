@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mapo import __version__, checkpoint_files
-from megatron_mapo.checkpoint_files import FileEntry, Manifest, Retention
+from megatron_mapo.checkpoint_files import FileEntry, Manifest, Measure, Retention
 from megatron_mapo.config import Config, to_yaml
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron.checkpoint_fit import differences, misfit
@@ -149,7 +149,14 @@ class Checkpointer:
         self._abandoned = threading.Event()
         self._in_flight: _InFlight | None = None
 
-    def start(self, policy: Policy, step: int, state: dict[str, Any], score: float | None = None) -> None:
+    def start(
+        self,
+        policy: Policy,
+        step: int,
+        state: dict[str, Any],
+        score: float | None = None,
+        measure: Measure | None = None,
+    ) -> None:
         """Begin the checkpoint of ``step``; waits for the one before.
 
         Args:
@@ -157,6 +164,7 @@ class Checkpointer:
             step: number of finished steps.
             state: the loop's own state, of plain Python values, the same on all ranks.
             score: the evaluation at this step, if there was one.
+            measure: what that is a number of. Used on rank 0.
 
         Raises:
             CheckpointError: a rank cannot write, or there is too little space; on all ranks.
@@ -181,7 +189,7 @@ class Checkpointer:
         self._on_main(begin, partial)
         staged = stage(plan, self.runtime.device)
         writing = self._executor.submit(write, staged, plan.writer.transforms, self._abandoned)
-        describe = _describer(policy, self.runtime, step, score)
+        describe = _describer(policy, self.runtime, step, score, measure)
         self._in_flight = _InFlight(partial, plan, writing, describe)
 
     def poll(self) -> Path | None:
@@ -207,7 +215,7 @@ class Checkpointer:
         """Wait for the checkpoint in flight and finish it; as ``poll``."""
         return None if self._in_flight is None else self._finish(self._in_flight)
 
-    def add_score(self, step: int, score: float) -> None:
+    def add_score(self, step: int, score: float, measure: Measure | None = None) -> None:
         """Give the checkpoint of ``step``, if there is one, the score of an evaluation that came after it.
 
         Raises:
@@ -216,7 +224,7 @@ class Checkpointer:
         error = None
         if self.runtime.is_main:
             try:
-                checkpoint_files.add_score(self.folder, step, score)
+                checkpoint_files.add_score(self.folder, step, score, measure)
                 self._make_room()
             except (OSError, CheckpointError) as problem:
                 error = _reason(problem)
@@ -322,7 +330,7 @@ def save(policy: Policy, runtime: Runtime, folder: Path, step: int, state: dict[
 
 
 def _describer(
-    policy: Policy, runtime: Runtime, step: int, score: float | None
+    policy: Policy, runtime: Runtime, step: int, score: float | None, measure: Measure | None
 ) -> Callable[[dict[str, int], dict[str, FileEntry]], Manifest]:
     """What makes the manifest when the files are known."""
     config: Config = policy.config
@@ -342,6 +350,7 @@ def _describer(
             score=score,
             parts=parts,
             files=dict(sorted(files.items())),
+            measure=measure,
         )
 
     return describe

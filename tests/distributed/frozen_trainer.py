@@ -39,6 +39,11 @@ class FrozenSession:
         data, longest = config.data, config.rollout.max_prompt_tokens
         rows = load_prompts(data.train, data.train_split, data, tokenizer, longest, key="data.train", limit=None)
         self.prompts = PromptStream(rows, config.run.seed, data.shuffle)
+        self.held_out = None
+        if data.eval is not None:
+            self.held_out = load_prompts(
+                data.eval, data.eval_split, data, tokenizer, longest, key="data.eval", limit=None
+            )
         self.tokenizer = tokenizer
         self.asked: list[Prompt] = []
         self.weights = ""
