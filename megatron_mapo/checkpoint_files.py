@@ -30,6 +30,8 @@ from megatron_mapo.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
+IMPORTED = "megatron"
+"""Folder of the checkpoint in what ``megatron-mapo import`` writes. It has a manifest, too: of step 0."""
 LATEST, BEST = "latest", "best"
 RETURNED = "resumed_step"
 """File of a run's folder with the ``run.resume_step`` that the run has gone back to."""
@@ -76,7 +78,8 @@ class Manifest:
         model: ``type`` and ``vocab_size`` (of the Hugging Face config), ``dtype``, ``path``, and a hash of the
             ``weights`` that the run began with. Earlier versions wrote neither ``vocab_size`` nor ``weights``.
         versions: of the packages that wrote it.
-        config_hash: XXH3 of the configuration as YAML, which stands beside the manifest as ``config.yaml``.
+        config_hash: XXH3 of the configuration as YAML, which stands beside the manifest as ``config.yaml``; empty if
+            there is none.
         score: the evaluation at this step, by ``trainer.best_metric``; None if there was none.
         parts: bytes of ``weights``, ``optimizer`` and ``other``.
         files: every file but the manifest, by its name.
@@ -251,6 +254,8 @@ def verify(path: Path) -> Manifest | None:
 
 
 def _what_to_do(path: Path) -> str:
+    if path.name == IMPORTED:
+        return "Import the model again"
     others = [str(step) for step, other in complete_checkpoints(path.parent) if other != path]
     older = f"choose another with run.resume_step (there are: {', '.join(others)}), or " if others else ""
     return f"To go on without this checkpoint, {older}remove the folder {path}"

@@ -16,7 +16,7 @@ from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint_fit import describe_model
 from megatron_mapo.megatron.hf import named_adapters, named_weights
 from megatron_mapo.megatron.hf_folder import save_folder
-from megatron_mapo.megatron.imported import WEIGHTS, read_imported
+from megatron_mapo.megatron.imported import read_imported
 from megatron_mapo.megatron.lora import save_adapter
 from megatron_mapo.megatron.policy import build_model, empty_model
 from megatron_mapo.quickstart import resolve_model_path
@@ -31,7 +31,7 @@ class _Source:
         model: Hugging Face folder of the model that it began as.
         config: of the run; its layout is that of one process.
         card: text of README.md, where the model has none.
-        is_run: it is a checkpoint of a run, which has a manifest.
+        is_run: it is a checkpoint of a run, to be verified and compared with the model.
     """
 
     checkpoint: Path
@@ -61,12 +61,12 @@ def export_run(
         shard_bytes: most bytes of one safetensors file.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it does not fit the model.
+        CheckpointError: there is no such checkpoint, it is damaged, or it does not fit the model.
         DataError: the original model is gone, or not supported.
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty: name another folder")
-    source = _imported_source(folder) if (folder / WEIGHTS).is_dir() else _run_source(folder, step)
+    source = _imported_source(folder) if (folder / checkpoint_files.IMPORTED).is_dir() else _run_source(folder, step)
     trainers = runtime.initialize(source.config)
     try:
         if source.is_run:

@@ -336,16 +336,11 @@ def _describer(
     config: Config = policy.config
 
     def describe(parts: dict[str, int], files: dict[str, FileEntry]) -> Manifest:
-        return Manifest(
+        return make_manifest(
+            config,
+            runtime,
             step=step,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            layout=_layout(config, runtime),
             model=policy.identity,
-            versions={
-                "megatron-mapo": __version__,
-                "megatron-core": version("megatron-core"),
-                "torch": torch.__version__,
-            },
             config_hash=xxhash.xxh3_128(to_yaml(config).encode()).hexdigest(),
             score=score,
             parts=parts,
@@ -354,6 +349,17 @@ def _describer(
         )
 
     return describe
+
+
+def make_manifest(config: Config, runtime: Runtime, **known: Any) -> Manifest:
+    """A manifest of now and here; ``known`` are the fields that do not follow from that."""
+    versions = {
+        "megatron-mapo": __version__,
+        "megatron-core": version("megatron-core"),
+        "torch": torch.__version__,
+    }
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Manifest(created=created, layout=_layout(config, runtime), versions=versions, **known)
 
 
 def _layout(config: Config, runtime: Runtime) -> dict[str, int]:
