@@ -580,10 +580,10 @@ class Trainer:
     def export(self, out: Path) -> None:
         """Write the actor as a Hugging Face folder and, under LoRA, its adapters as PEFT's ``adapter/`` beside it."""
         self.main_with(self.policy.named_weights(), lambda weights: save_folder(weights, self.model_path, out))
-        lora, base = self.config.actor.lora, self.config.model.path
+        lora, base, model = self.config.actor.lora, self.config.model.path, self.model_path
         if lora.rank:
             adapters = self.policy.named_adapters()
-            self.main_with(adapters, lambda weights: save_adapter(weights, lora, base, out.with_name("adapter")))
+            self.main_with(adapters, lambda weights: save_adapter(weights, lora, base, model, out.with_name("adapter")))
 
     def _log(self, batch: SequenceBatch, advantages: Tensor, logprobs: Tensor, metrics: dict[str, float]) -> None:
         self._main_tracker.log(self.step, metrics | self._main_rollout.server_metrics())

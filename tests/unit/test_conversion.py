@@ -137,4 +137,5 @@ def test_a_model_that_has_been_moved_is_found_where_the_last_start_found_it(
         _find_model(config, tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, [f"model.path={model}", "data.train=d"])))
     assert _find_model(config, tmp_path) == model
+    assert config.model.path == str(model)
     assert f"taking {model}" in capsys.readouterr().err

@@ -205,6 +205,21 @@ def test_a_card_is_written_where_there_is_none(
     assert (tmp_path / "out" / "README.md").read_text() == "theirs"
 
 
+def test_named_chat_templates_are_exported(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder("llama"), source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    named = {"default": tokenizer.chat_template, "tool_use": "tools {{ messages }}"}
+    tokenizer.chat_template = dict(named)
+    tokenizer.save_pretrained(source)
+    assert AutoTokenizer.from_pretrained(source).chat_template == named
+    model, hf = build_model(config, source, runtime.device)
+    out = save_folder(named_weights(model, hf), source, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out).chat_template == named
+
+
 EXPORT_PEAK = """
 import ctypes, sys
 from pathlib import Path
