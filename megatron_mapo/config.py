@@ -561,7 +561,7 @@ class TrainerConfig:
 
     steps: int = 100
     """Training steps (rollout batches)."""
-    save_interval: int = 0
+    save_interval: int = 20
     """Checkpoint every this many steps; 0: only after the last step."""
     async_save: bool = True
     """Write checkpoints while training goes on. Costs host memory for one more copy of what a rank writes."""
