@@ -20,6 +20,8 @@ import xxhash
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mapo import __version__, checkpoint_files
@@ -423,10 +425,26 @@ def load_model(chunks: list[PolicyModel], path: Path) -> None:
         CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
     try:
-        state = dist_checkpointing.load({"model": sharded_model(chunks)}, str(path))
+        model = sharded_model(chunks)
+        for value in nested_values(model):
+            if isinstance(value, ShardedTensorFactory):
+                _merge_in_place(value)
+        state = dist_checkpointing.load({"model": model}, str(path))
         _load_chunks(chunks, state["model"])
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def _merge_in_place(factory: ShardedTensorFactory) -> None:
+    """megatron joins parts, such as gate and up, in a new tensor. They were read into views of the parameter itself."""
+    whole, merge = factory.data, factory.merge_fn
+    place = whole.untyped_storage().data_ptr()
+
+    def merged(parts: Any) -> Any:
+        in_place = all(part.untyped_storage().data_ptr() == place for part in nested_values(parts))
+        return whole if in_place else merge(parts)
+
+    factory.merge_fn = merged
 
 
 def _pieces(state: dict[Any, Any]) -> list[dict[Any, Any]]:
