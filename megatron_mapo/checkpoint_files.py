@@ -30,6 +30,8 @@ from megatron_mapo.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
+IMPORTED = "megatron"
+"""Folder of the checkpoint in what ``megatron-mapo import`` writes. It has a manifest, too: of step 0."""
 LATEST, BEST = "latest", "best"
 RETURNED = "resumed_step"
 """File of a run's folder with the ``run.resume_step`` that the run has gone back to."""
@@ -47,6 +49,24 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What a score is a number of. Scores of different measures say nothing about each other.
+
+    Attributes:
+        metric: its name in ``evaluations.jsonl``.
+        samples: sampled responses a prompt; 0: the greedy one alone.
+        data: fingerprint of the held-out prompts.
+    """
+
+    metric: str
+    samples: int
+    data: str
+
+    def __str__(self) -> str:
+        return f"{self.metric} of {self.samples} samples on the data {self.data[:10]}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What ``manifest.json`` says about its checkpoint.
 
@@ -58,10 +78,12 @@ class Manifest:
         model: ``type`` and ``vocab_size`` (of the Hugging Face config), ``dtype``, ``path``, and a hash of the
             ``weights`` that the run began with. Earlier versions wrote neither ``vocab_size`` nor ``weights``.
         versions: of the packages that wrote it.
-        config_hash: XXH3 of the configuration as YAML, which stands beside the manifest as ``config.yaml``.
+        config_hash: XXH3 of the configuration as YAML, which stands beside the manifest as ``config.yaml``; empty if
+            there is none.
         score: the evaluation at this step, by ``trainer.best_metric``; None if there was none.
         parts: bytes of ``weights``, ``optimizer`` and ``other``.
         files: every file but the manifest, by its name.
+        measure: what ``score`` is a number of; None if there is none, or an earlier version wrote it.
     """
 
     step: int
@@ -73,6 +95,7 @@ class Manifest:
     score: float | None
     parts: dict[str, int]
     files: dict[str, FileEntry]
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +105,7 @@ class Retention:
     Attributes:
         last: this many of the newest.
         every: those of steps that this divides, for good; 0: none.
-        best: the one with the highest score, too.
+        best: the one with the highest score by each measure, too.
     """
 
     last: int
@@ -165,7 +188,8 @@ def read_manifest(path: Path) -> Manifest | None:
         if tree.pop("format") != _FORMAT:
             raise CheckpointError(f"{file} was written by another version of megatron-mapo; use that version")
         files = {name: FileEntry(**entry) for name, entry in tree.pop("files").items()}
-        return Manifest(files=files, **tree)
+        measure = tree.pop("measure", None)
+        return Manifest(files=files, measure=None if measure is None else Measure(**measure), **tree)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}). {_what_to_do(path)}") from error
 
@@ -230,6 +254,8 @@ def verify(path: Path) -> Manifest | None:
 
 
 def _what_to_do(path: Path) -> str:
+    if path.name == IMPORTED:
+        return "Import the model again"
     others = [str(step) for step, other in complete_checkpoints(path.parent) if other != path]
     older = f"choose another with run.resume_step (there are: {', '.join(others)}), or " if others else ""
     return f"To go on without this checkpoint, {older}remove the folder {path}"
@@ -283,8 +309,11 @@ def remove(path: Path) -> None:
 def retain(folder: Path, retention: Retention) -> list[str]:
     """Delete the complete checkpoints that need not stay, oldest first, and point ``best`` at the best one.
 
+    It is the best by the measure of the newest score.
+
     Returns:
-        why a checkpoint was left alone, a line each: its score, which ``retention.best`` needs, cannot be read.
+        why a checkpoint was left alone, a line each: its score, which ``retention.best`` needs, cannot be read, or
+        is not comparable with the newest one.
 
     Raises:
         OSError: one cannot be deleted.
@@ -293,12 +322,14 @@ def retain(folder: Path, retention: Retention) -> list[str]:
     keep = {step for step, _ in saved[-retention.last :]}
     if retention.every:
         keep |= {step for step, _ in saved if step % retention.every == 0}
-    scores, problems = _scores(saved if retention.best else [])
-    keep |= problems.keys()
-    best = max(scores, key=lambda step: (scores[step], -step), default=None)
-    if best is not None:
-        keep.add(best)
-        _point(folder, BEST, dict(saved)[best].name)
+    scored, problems = _scored(saved if retention.best else [])
+    best = _best_by_measure(scored)
+    keep |= {*problems, *best}
+    for step in best[1:]:
+        here, now = (scored[s].measure or "not known (an earlier version wrote it)" for s in (step, best[0]))
+        problems[step] = f"{dict(saved)[step]} stays, and its score is not compared: it is {here}, the newest is {now}"
+    if best:
+        _point(folder, BEST, dict(saved)[best[0]].name)
     else:
         (folder / BEST).unlink(missing_ok=True)
     for step, path in saved:
@@ -307,9 +338,9 @@ def retain(folder: Path, retention: Retention) -> list[str]:
     return list(problems.values())
 
 
-def _scores(saved: list[tuple[int, Path]]) -> tuple[dict[int, float], dict[int, str]]:
-    """The scores of the checkpoints that have one, by their step, and what is wrong with unreadable ones."""
-    scores, problems = {}, {}
+def _scored(saved: list[tuple[int, Path]]) -> tuple[dict[int, Manifest], dict[int, str]]:
+    """The manifests of the checkpoints that have a score, by their step, and what is wrong with unreadable ones."""
+    scored, problems = {}, {}
     for step, path in saved:
         try:
             manifest = read_manifest(path)
@@ -317,11 +348,22 @@ def _scores(saved: list[tuple[int, Path]]) -> tuple[dict[int, float], dict[int, 
             problems[step] = str(error)
             continue
         if manifest is not None and manifest.score is not None and not math.isnan(manifest.score):
-            scores[step] = manifest.score
-    return scores, problems
+            scored[step] = manifest
+    return scored, problems
 
 
-def add_score(folder: Path, step: int, score: float) -> None:
+def _best_by_measure(scored: dict[int, Manifest]) -> list[int]:
+    """The step with the highest score by each measure, of equal ones the earliest; the newest measure comes first."""
+    best: dict[Measure | None, tuple[float, int]] = {}
+    for step in sorted(scored, reverse=True):
+        measure, score = scored[step].measure, scored[step].score
+        assert score is not None
+        if measure not in best or score >= best[measure][0]:
+            best[measure] = (score, step)
+    return [step for _, step in best.values()]
+
+
+def add_score(folder: Path, step: int, score: float, measure: Measure | None = None) -> None:
     """Write the score of an evaluation that came after its checkpoint into the manifest, if there is one of ``step``.
 
     Raises:
@@ -331,7 +373,7 @@ def add_score(folder: Path, step: int, score: float) -> None:
     path = dict(complete_checkpoints(folder)).get(step)
     manifest = None if path is None else read_manifest(path)
     if path is not None and manifest is not None:
-        write_manifest(path, replace(manifest, score=score))
+        write_manifest(path, replace(manifest, score=score, measure=measure))
 
 
 def recover(folder: Path) -> list[str]:

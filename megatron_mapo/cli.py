@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--bound", type=_size, default=1e-3, metavar="X", help="largest difference, in nat (0.001)")
 
     inspect = _command(commands, "inspect", "show a run or one checkpoint, and check its files", _inspect)
-    inspect.add_argument("path", type=Path, metavar="RUN", help="folder of the run, or of one of its checkpoints")
+    inspect.add_argument("path", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an imported model")
     inspect.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
 
     plot = _command(commands, "plot", "draw a run's curves", _plot)
@@ -411,7 +411,9 @@ def _export(arguments: argparse.Namespace) -> int:
     folder, repository = arguments.run_dir, arguments.push_to_hub
     if arguments.private and repository is None:
         raise ConfigError("--private belongs to --push-to-hub OWNER/NAME")
-    if not any((folder / name).is_dir() for name in ("checkpoints", "megatron")):
+    from megatron_mapo.checkpoint_files import IMPORTED
+
+    if not any((folder / name).is_dir() for name in ("checkpoints", IMPORTED)):
         raise CheckpointError(f"{folder} has no checkpoints; it must be the folder of a run or of an imported model")
     if arguments.out.exists():
         raise ConfigError(f"{arguments.out} exists; name a folder that does not")

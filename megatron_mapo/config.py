@@ -561,7 +561,7 @@ class TrainerConfig:
 
     steps: int = 100
     """Training steps (rollout batches)."""
-    save_interval: int = 0
+    save_interval: int = 20
     """Checkpoint every this many steps; 0: only after the last step."""
     async_save: bool = True
     """Write checkpoints while training goes on. Costs host memory for one more copy of what a rank writes."""
@@ -570,7 +570,8 @@ class TrainerConfig:
     keep_every: int = 0
     """Keep the checkpoints of every this many steps for good; 0: none."""
     keep_best: bool = False
-    """Keep the checkpoint with the highest `best_metric` of the evaluation at its step; the file `best` names it."""
+    """Keep the checkpoint with the highest `best_metric` of the evaluation at its step; the file `best` names it.
+    Scores of another metric or of other data are not compared."""
     best_metric: str = "pass_at_1"
     """What `keep_best` compares: a number of `evaluations.jsonl`, higher is better."""
     verify_checkpoints: bool = True

@@ -11,6 +11,10 @@ class MapoError(Exception):
     exit_code = 1
 
 
+class MainFailed(MapoError):
+    """On the other ranks: rank 0 has met a bug. It keeps the traceback, and takes part in nothing any more."""
+
+
 class ConfigError(MapoError):
     """A configuration key is unknown, mistyped, out of range, or contradicts another key."""
 

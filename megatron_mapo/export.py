@@ -16,10 +16,10 @@ from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint_fit import describe_model
 from megatron_mapo.megatron.hf import named_adapters, named_weights
 from megatron_mapo.megatron.hf_folder import save_folder
-from megatron_mapo.megatron.imported import WEIGHTS, read_imported
+from megatron_mapo.megatron.imported import read_imported
 from megatron_mapo.megatron.lora import save_adapter
 from megatron_mapo.megatron.policy import build_model, empty_model
-from megatron_mapo.quickstart import resolve_model_path
+from megatron_mapo.quickstart import hub_name, resolve_model_path
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Source:
         model: Hugging Face folder of the model that it began as.
         config: of the run; its layout is that of one process.
         card: text of README.md, where the model has none.
-        is_run: it is a checkpoint of a run, which has a manifest.
+        is_run: it is a checkpoint of a run, to be verified and compared with the model.
     """
 
     checkpoint: Path
@@ -61,12 +61,12 @@ def export_run(
         shard_bytes: most bytes of one safetensors file.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it does not fit the model.
+        CheckpointError: there is no such checkpoint, it is damaged, or it does not fit the model.
         DataError: the original model is gone, or not supported.
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty: name another folder")
-    source = _imported_source(folder) if (folder / WEIGHTS).is_dir() else _run_source(folder, step)
+    source = _imported_source(folder) if (folder / checkpoint_files.IMPORTED).is_dir() else _run_source(folder, step)
     trainers = runtime.initialize(source.config)
     try:
         if source.is_run:
@@ -88,7 +88,7 @@ def export_run(
         )
         if source.config.actor.lora.rank:
             actor, base = source.config.actor, source.config.model.path
-            save_adapter(named_adapters(chunks, hf), actor.lora, base, out / "adapter")
+            save_adapter(named_adapters(chunks, hf), actor.lora, base, source.model, out / "adapter")
         return out
     finally:
         trainers.close()
@@ -105,7 +105,10 @@ def _run_source(run_dir: Path, step: int | None) -> _Source:
 
 
 def _find_model(config: Config, run_dir: Path) -> Path:
-    """The model that the checkpoint began with; where the run's last start found it, if it has been moved since."""
+    """The model that the checkpoint began with; where the run's last start found it, if it has been moved since.
+
+    ``config.model.path`` then names it there.
+    """
     try:
         return resolve_model_path(config.model.path)
     except DataError as error:
@@ -113,19 +116,21 @@ def _find_model(config: Config, run_dir: Path) -> Path:
         if moved == config.model.path:
             raise
         print(f"{error}; taking {moved}, as the run's last start did", file=sys.stderr, flush=True)
+        config.model.path = moved
         return resolve_model_path(moved)
 
 
 def model_card(config: Config, step: int) -> str:
     """README.md of a trained model: what it began as, and what was done to it."""
     name, actor = config.model.path, config.actor
-    is_hub_name = "/" in name and not Path(name).expanduser().exists()
+    on_hub = hub_name(name)
+    shown = Path(name).name if on_hub is None else name
     steps = "step" if step == 1 else "steps"
-    base = f"base_model: {name.partition('@')[0]}\n" if is_hub_name else ""
+    base = "" if on_hub is None else f"base_model: {on_hub[0]}\n"
     return (
         f"---\nlibrary_name: transformers\n{base}---\n\n"
         f"# {config.run.name}\n\n"
-        f"`{name if is_hub_name else Path(name).name}` after {step} {steps} of reinforcement learning from verifiable "
+        f"`{shown}` after {step} {steps} of reinforcement learning from verifiable "
         "rewards with megatron-mapo.\n\n"
         "| | |\n|---|---|\n"
         f"| advantages (`actor.adv_norm.aggregation_mode`) | {actor.adv_norm.aggregation_mode} |\n"

@@ -41,11 +41,21 @@ def resolve_model_path(path: str) -> Path:
         return _check_model_folder(folder)
     if folder.exists():
         raise DataError(f"model.path: {path} is a file; name the folder with config.json and *.safetensors")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", path):
-        return _check_model_folder(_download(path))
+    on_hub = hub_name(path)
+    if on_hub is not None:
+        return _check_model_folder(_download(*on_hub))
     raise DataError(
         f"model.path: there is no folder {path}, and it is neither a hub name (owner/name) nor {QUICKSTART_SMOLLM2}"
     )
+
+
+def hub_name(path: str) -> tuple[str, str | None] | None:
+    """Repository and revision (None: the newest) that ``model.path`` names; None if it is no hub name.
+
+    A folder goes before a repository of the same name.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", path)
+    return None if match is None or Path(path).exists() else (match[1], match[2])
 
 
 def _check_model_folder(folder: Path) -> Path:
@@ -58,16 +68,15 @@ def _check_model_folder(folder: Path) -> Path:
     return folder
 
 
-def _download(name: str) -> Path:
+def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_SNAPSHOT_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_SNAPSHOT_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise DataError(
-            f"model.path: there is no folder {name}, and it could not be fetched from the Hugging Face hub: "
+            f"model.path: there is no folder {repository}, and it could not be fetched from the Hugging Face hub: "
             f"{' '.join(str(error).split())}. Without a network, download it elsewhere and give its folder"
         ) from error
 

@@ -35,12 +35,13 @@ from megatron_mapo.algorithms.metrics import (
     update_metrics,
 )
 from megatron_mapo.algorithms.token_sequences import TokenSequences
-from megatron_mapo.checkpoint_files import Retention
+from megatron_mapo.checkpoint_files import Measure, Retention
 from megatron_mapo.config import Config, KLPlacement, OldLogprobs, Resume, load_config, to_yaml
 from megatron_mapo.data.sequences import RIGHT, SUCCESS, SequenceBatch, ragged_indices
 from megatron_mapo.errors import (
     CheckpointError,
     ConfigError,
+    MainFailed,
     MapoError,
     Preempted,
     RewardError,
@@ -148,7 +149,7 @@ class Trainer:
                 outcome = (None, error)
             except Exception as error:
                 # A bug: the others end quietly, rank 0 keeps its traceback.
-                self.runtime.broadcast((None, MapoError(f"rank 0 failed: {type(error).__name__}: {error}")))
+                self.runtime.broadcast((None, MainFailed(f"rank 0 failed: {type(error).__name__}: {error}")))
                 raise
         value, failure = self.runtime.broadcast(outcome)
         if failure is not None:
@@ -260,12 +261,21 @@ class Trainer:
         return self.tracker
 
     def open_and_run(self) -> None:
-        """Open, train to the end and close. A run that its servers or its verifier end keeps its finished steps."""
+        """Open, train to the end and close.
+
+        A run that its servers or its verifier end keeps its finished steps, one that ends by another error the
+        checkpoint that is being written.
+        """
         try:
             self.open()
             self.run()
         except (RolloutError, RewardError):
             self.save_progress()
+            raise
+        except MainFailed:
+            raise
+        except MapoError:
+            self._complete_checkpoint()
             raise
         finally:
             self.close()
@@ -280,7 +290,7 @@ class Trainer:
             # Also one that the servers did not live to see before the run was started again.
             score = self._score(self.evaluate())
             if score is not None:
-                self.checkpointer.add_score(self.step, score)
+                self.checkpointer.add_score(self.step, score, self._measure())
         while self.step < settings.steps:
             with self.watchdog.phase(f"step {self.step + 1}"):
                 self.train_step()
@@ -530,6 +540,13 @@ class Trainer:
         """``trainer.best_metric`` of an evaluation, if it was measured."""
         return evaluation.get(self.config.trainer.best_metric)
 
+    def _measure(self) -> Measure | None:
+        """What scores of this run are numbers of; None on other ranks than 0."""
+        if not self.runtime.is_main or self._main_rollout.held_out is None:
+            return None
+        settings, held_out = self.config.trainer, self._main_rollout.held_out
+        return Measure(settings.best_metric, settings.evaluation.samples, held_out.fingerprint())
+
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint of everything; with ``trainer.async_save`` it is complete some steps later.
 
@@ -539,7 +556,7 @@ class Trainer:
         with self.watchdog.phase("save"):
             self.on_main(lambda: self._main_tracker.flush())
             state = self.on_main(lambda: {"prompts": self._main_rollout.prompts.state_dict()})
-            self.checkpointer.start(self.policy, self.step, state, score)
+            self.checkpointer.start(self.policy, self.step, state, score, None if score is None else self._measure())
             if not self.config.trainer.async_save:
                 self.checkpointer.wait()
 
@@ -552,13 +569,21 @@ class Trainer:
             self.checkpointer.wait()
             self._say(f"saved a checkpoint of step {self.step}")
 
+    def _complete_checkpoint(self) -> None:
+        """Wait for a checkpoint that is being written. The run ends by another error, which is the one to be seen."""
+        try:
+            with self.watchdog.phase("end"):
+                self.checkpointer.wait()
+        except CheckpointError as error:
+            self._say(f"warning: {error}")
+
     def export(self, out: Path) -> None:
         """Write the actor as a Hugging Face folder and, under LoRA, its adapters as PEFT's ``adapter/`` beside it."""
         self.main_with(self.policy.named_weights(), lambda weights: save_folder(weights, self.model_path, out))
-        lora, base = self.config.actor.lora, self.config.model.path
+        lora, base, model = self.config.actor.lora, self.config.model.path, self.model_path
         if lora.rank:
             adapters = self.policy.named_adapters()
-            self.main_with(adapters, lambda weights: save_adapter(weights, lora, base, out.with_name("adapter")))
+            self.main_with(adapters, lambda weights: save_adapter(weights, lora, base, model, out.with_name("adapter")))
 
     def _log(self, batch: SequenceBatch, advantages: Tensor, logprobs: Tensor, metrics: dict[str, float]) -> None:
         self._main_tracker.log(self.step, metrics | self._main_rollout.server_metrics())

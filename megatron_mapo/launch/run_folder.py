@@ -16,10 +16,10 @@ from megatron_mapo.tracking.jsonl import Row, read_rows
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete checkpoint of a run.
+    """One complete checkpoint of a run, or of an imported model.
 
     Attributes:
-        step: finished steps.
+        step: finished steps; 0: an imported model.
         path: its folder.
         size: bytes of its files.
         pointers: which of the files ``latest`` and ``best`` name it.
@@ -88,7 +88,10 @@ def config_file(folder: Path, step: int | None) -> Path:
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
-    """``path`` as a complete checkpoint; None if it is something else, such as a run's folder."""
+    """``path`` as a complete checkpoint or an imported model; None if it is something else, such as a run's folder."""
+    for folder in (path, path / checkpoint_files.IMPORTED):
+        if folder.resolve().name == checkpoint_files.IMPORTED and (folder / ".metadata").is_file():
+            return _checkpoint(0, folder)
     for step, found in checkpoint_files.complete_checkpoints(path.resolve().parent):
         if found == path.resolve():
             return _checkpoint(step, path)
@@ -116,7 +119,8 @@ def describe_checkpoint(checkpoint: Checkpoint, checksums: bool) -> tuple[list[s
         checksums: read all files and compare checksums; else only their sizes.
     """
     named = f" ({', '.join(checkpoint.pointers)})" if checkpoint.pointers else ""
-    title = f"checkpoint: step {checkpoint.step}, {_mib(checkpoint.size)}, {checkpoint.path}{named}"
+    what = f"step {checkpoint.step}" if checkpoint.step else "imported model"
+    title = f"checkpoint: {what}, {_mib(checkpoint.size)}, {checkpoint.path}{named}"
     lines, problem = _describe_files(checkpoint, checksums)
     if not checkpoint.path.is_dir():
         lines, problem = ["  integrity  not known: its run has removed it meanwhile"], None
@@ -150,9 +154,13 @@ def _manifest_lines(manifest: Manifest, config: Path) -> list[str]:
         f"  model      {manifest.model['type']}, {manifest.model['dtype']}, {manifest.model['path']}",
         f"  sizes      {', '.join(f'{name} {_mib(size)}' for name, size in manifest.parts.items())}",
         f"  written    {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}",
-        f"  config     {manifest.config_hash} ({'as' if same else 'not as'} {config.name} is now)",
     ]
-    return lines if manifest.score is None else [*lines, f"  score      {manifest.score:.6g}"]
+    if manifest.config_hash:
+        lines.append(f"  config     {manifest.config_hash} ({'as' if same else 'not as'} {config.name} is now)")
+    if manifest.score is not None:
+        of = "" if manifest.measure is None else f" ({manifest.measure})"
+        lines.append(f"  score      {manifest.score:.6g}{of}")
+    return lines
 
 
 def _mib(size: int) -> str:

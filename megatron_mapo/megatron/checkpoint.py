@@ -20,10 +20,12 @@ import xxhash
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mapo import __version__, checkpoint_files
-from megatron_mapo.checkpoint_files import FileEntry, Manifest, Retention
+from megatron_mapo.checkpoint_files import FileEntry, Manifest, Measure, Retention
 from megatron_mapo.config import Config, to_yaml
 from megatron_mapo.errors import CheckpointError
 from megatron_mapo.megatron.checkpoint_fit import differences, misfit
@@ -149,7 +151,14 @@ class Checkpointer:
         self._abandoned = threading.Event()
         self._in_flight: _InFlight | None = None
 
-    def start(self, policy: Policy, step: int, state: dict[str, Any], score: float | None = None) -> None:
+    def start(
+        self,
+        policy: Policy,
+        step: int,
+        state: dict[str, Any],
+        score: float | None = None,
+        measure: Measure | None = None,
+    ) -> None:
         """Begin the checkpoint of ``step``; waits for the one before.
 
         Args:
@@ -157,6 +166,7 @@ class Checkpointer:
             step: number of finished steps.
             state: the loop's own state, of plain Python values, the same on all ranks.
             score: the evaluation at this step, if there was one.
+            measure: what that is a number of. Used on rank 0.
 
         Raises:
             CheckpointError: a rank cannot write, or there is too little space; on all ranks.
@@ -181,7 +191,7 @@ class Checkpointer:
         self._on_main(begin, partial)
         staged = stage(plan, self.runtime.device)
         writing = self._executor.submit(write, staged, plan.writer.transforms, self._abandoned)
-        describe = _describer(policy, self.runtime, step, score)
+        describe = _describer(policy, self.runtime, step, score, measure)
         self._in_flight = _InFlight(partial, plan, writing, describe)
 
     def poll(self) -> Path | None:
@@ -207,7 +217,7 @@ class Checkpointer:
         """Wait for the checkpoint in flight and finish it; as ``poll``."""
         return None if self._in_flight is None else self._finish(self._in_flight)
 
-    def add_score(self, step: int, score: float) -> None:
+    def add_score(self, step: int, score: float, measure: Measure | None = None) -> None:
         """Give the checkpoint of ``step``, if there is one, the score of an evaluation that came after it.
 
         Raises:
@@ -216,7 +226,7 @@ class Checkpointer:
         error = None
         if self.runtime.is_main:
             try:
-                checkpoint_files.add_score(self.folder, step, score)
+                checkpoint_files.add_score(self.folder, step, score, measure)
                 self._make_room()
             except (OSError, CheckpointError) as problem:
                 error = _reason(problem)
@@ -322,29 +332,36 @@ def save(policy: Policy, runtime: Runtime, folder: Path, step: int, state: dict[
 
 
 def _describer(
-    policy: Policy, runtime: Runtime, step: int, score: float | None
+    policy: Policy, runtime: Runtime, step: int, score: float | None, measure: Measure | None
 ) -> Callable[[dict[str, int], dict[str, FileEntry]], Manifest]:
     """What makes the manifest when the files are known."""
     config: Config = policy.config
 
     def describe(parts: dict[str, int], files: dict[str, FileEntry]) -> Manifest:
-        return Manifest(
+        return make_manifest(
+            config,
+            runtime,
             step=step,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            layout=_layout(config, runtime),
             model=policy.identity,
-            versions={
-                "megatron-mapo": __version__,
-                "megatron-core": version("megatron-core"),
-                "torch": torch.__version__,
-            },
             config_hash=xxhash.xxh3_128(to_yaml(config).encode()).hexdigest(),
             score=score,
             parts=parts,
             files=dict(sorted(files.items())),
+            measure=measure,
         )
 
     return describe
+
+
+def make_manifest(config: Config, runtime: Runtime, **known: Any) -> Manifest:
+    """A manifest of now and here; ``known`` are the fields that do not follow from that."""
+    versions = {
+        "megatron-mapo": __version__,
+        "megatron-core": version("megatron-core"),
+        "torch": torch.__version__,
+    }
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Manifest(created=created, layout=_layout(config, runtime), versions=versions, **known)
 
 
 def _layout(config: Config, runtime: Runtime) -> dict[str, int]:
@@ -408,10 +425,26 @@ def load_model(chunks: list[PolicyModel], path: Path) -> None:
         CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
     try:
-        state = dist_checkpointing.load({"model": sharded_model(chunks)}, str(path))
+        model = sharded_model(chunks)
+        for value in nested_values(model):
+            if isinstance(value, ShardedTensorFactory):
+                _merge_in_place(value)
+        state = dist_checkpointing.load({"model": model}, str(path))
         _load_chunks(chunks, state["model"])
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def _merge_in_place(factory: ShardedTensorFactory) -> None:
+    """megatron joins parts, such as gate and up, in a new tensor. They were read into views of the parameter itself."""
+    whole, merge = factory.data, factory.merge_fn
+    place = whole.untyped_storage().data_ptr()
+
+    def merged(parts: Any) -> Any:
+        in_place = all(part.untyped_storage().data_ptr() == place for part in nested_values(parts))
+        return whole if in_place else merge(parts)
+
+    factory.merge_fn = merged
 
 
 def _pieces(state: dict[Any, Any]) -> list[dict[Any, Any]]:

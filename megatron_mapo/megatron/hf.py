@@ -25,6 +25,9 @@ from megatron_mapo.megatron.hf_folder import SafetensorsFolder
 from megatron_mapo.megatron.lora import Adapted
 from megatron_mapo.megatron.model import PolicyModel, head_dim
 
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 4096
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,7 +90,7 @@ def _entry(chunk: PolicyModel, tables: _Tables, name: str, value: Tensor) -> Ent
         names = [f"model.layers.{number}.{n}" for n in names]
     tied_output = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
     if tied_output:
-        names = ["model.embed_tokens.weight"]
+        names = [_EMBEDDINGS]
     owner = chunk.get_submodule(name.rpartition(".")[0])
     adapted = owner if isinstance(owner, Adapted) and name.endswith(".weight") else None
     return Entry(kind, names, value, int(expert[2]) if expert else -1, tied_output, adapted)
@@ -153,7 +156,8 @@ def load_weights(chunks: list[PolicyModel], hf: PretrainedConfig, path: str | Pa
     """Fill a model from a Hugging Face folder.
 
     Raises:
-        DataError: a tensor is missing, unexpected, or has another shape; the message names it.
+        DataError: a tensor is missing, unexpected, or has another shape, or a head beside tied embeddings is another
+            one; the message names it.
     """
     folder = SafetensorsFolder(path)
     used: set[str] = set()
@@ -170,16 +174,37 @@ def load_weights(chunks: list[PolicyModel], hf: PretrainedConfig, path: str | Pa
         else:
             value = torch.cat(parts)
         entry.value.copy_(value)
-    _refuse_unexpected(folder, chunks[0], used)
+    if hf.tie_word_embeddings and _HEAD in folder.handles:
+        _refuse_own_head(folder, hf)
+        used.add(_HEAD)
+    _refuse_unexpected(folder, used)
 
 
-def _refuse_unexpected(folder: SafetensorsFolder, model: PolicyModel, used: set[str]) -> None:
+def _refuse_own_head(folder: SafetensorsFolder, hf: PretrainedConfig) -> None:
+    """Tied embeddings beside another head are an error: transformers computes with that head, this model cannot.
+
+    The ranks share the comparison, some rows at a time.
+    """
+    shape = [hf.vocab_size, hf.hidden_size]
+    parts = -(-hf.vocab_size // _COMPARED_ROWS)
+    differs = False
+    for part in range(dist.get_rank(), parts, dist.get_world_size()):
+        head, embeddings = (folder.read(name, shape, 0, parts, part) for name in (_HEAD, _EMBEDDINGS))
+        differs = differs or not bool((head == embeddings).all())
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, differs)
+    if any(found):
+        raise DataError(
+            f"model.path: {folder.path}/config.json says tie_word_embeddings=true, and its {_HEAD} is not "
+            f"{_EMBEDDINGS}. Set tie_word_embeddings to false to train that head, or save the model without it"
+        )
+
+
+def _refuse_unexpected(folder: SafetensorsFolder, used: set[str]) -> None:
     """Tensors of the folder that no stage takes are an error: a part of the model would be dropped."""
     stages: list[set[str] | None] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(stages, used, group=parallel_state.get_pipeline_model_parallel_group())
     known: set[str] = set().union(*(s or set() for s in stages))
-    if model.share_embeddings_and_output_weights:
-        known.add("lm_head.weight")
     extra = sorted(n for n in set(folder.handles) - known if not n.endswith("rotary_emb.inv_freq"))
     if extra:
         raise DataError(f"model.path: unexpected tensors in {folder.path}: {', '.join(extra[:5])}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_mapo.errors import DataError
 
 # Everything beside the weights that a Hugging Face folder carries.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "README*")
 _PIECES, _PIECE = 16, 1 << 16
 
 
@@ -185,12 +185,14 @@ def save_folder(
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Configuration, tokenizer, chat template, generation settings, licence: all but the weights."""
+    """Configuration, tokenizer, chat templates, generation settings, licence: all but the weights."""
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             if not file.name.endswith(".safetensors.index.json"):
+                copy = out / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
                 # Contents alone: permissions are those that the user's umask gives, as for all other files.
-                shutil.copyfile(file, out / file.name)
+                shutil.copyfile(file, copy)
 
 
 def _say_dtype(file: Path, dtype: torch.dtype | None) -> None:

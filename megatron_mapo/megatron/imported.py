@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
 
+from megatron_mapo import checkpoint_files
+from megatron_mapo.checkpoint_files import IMPORTED
 from megatron_mapo.config import Config, Dtype
 from megatron_mapo.errors import CheckpointError, DataError
 from megatron_mapo.megatron import runtime
-from megatron_mapo.megatron.checkpoint import sharded_model
+from megatron_mapo.megatron.checkpoint import make_manifest, sharded_model
+from megatron_mapo.megatron.checkpoint_fit import describe_model
 from megatron_mapo.megatron.hf_folder import copy_companions
 from megatron_mapo.megatron.model import load_hf_config
 from megatron_mapo.megatron.policy import build_model
-
-WEIGHTS = "megatron"
-"""Folder of the Megatron checkpoint inside an imported model."""
 
 
 def import_folder(source: Path, out: Path, dtype: Dtype | None = None) -> Path:
@@ -24,8 +25,8 @@ def import_folder(source: Path, out: Path, dtype: Dtype | None = None) -> Path:
 
     Args:
         source: Hugging Face folder.
-        out: folder to write; it must not exist. It holds ``megatron/``, and the configuration and tokenizer of
-            ``source``, so that an export needs nothing else.
+        out: folder to write; it must not exist. It holds ``megatron/`` with a manifest, and the configuration and
+            tokenizer of ``source``, so that an export needs nothing else.
         dtype: type of the weights; None: that of ``source``.
 
     Raises:
@@ -40,11 +41,23 @@ def import_folder(source: Path, out: Path, dtype: Dtype | None = None) -> Path:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        chunks, _ = build_model(config, source, trainers.device)
-        (partial / WEIGHTS).mkdir(parents=True)
+        chunks, hf = build_model(config, source, trainers.device)
+        weights = partial / IMPORTED
+        weights.mkdir(parents=True)
         copy_companions(source, partial)
         state = {"model": sharded_model(chunks), "dtype": config.model.dtype.value}
-        dist_checkpointing.save(state, str(partial / WEIGHTS))
+        dist_checkpointing.save(state, str(weights))
+        manifest = make_manifest(
+            config,
+            trainers,
+            step=0,
+            model=describe_model(config, hf, source),
+            config_hash="",
+            score=None,
+            parts={"weights": sum(p.nbytes for chunk in chunks for p in chunk.parameters())},
+            files={file.name: checkpoint_files.hash_file(file) for file in sorted(weights.iterdir())},
+        )
+        checkpoint_files.write_manifest(weights, manifest)
     finally:
         trainers.close()
     partial.rename(out)
@@ -64,7 +77,14 @@ def stored_dtype(source: Path) -> Dtype:
 
 
 def read_imported(folder: Path) -> tuple[Config, Path]:
-    """Configuration of one process for an imported model, and where its Megatron checkpoint is."""
+    """Configuration of one process for an imported model, and where its Megatron checkpoint is.
+
+    Raises:
+        CheckpointError: a file of it is damaged.
+    """
+    weights = folder / IMPORTED
+    if checkpoint_files.verify(weights) is None:
+        print(f"{weights} has no manifest (of an earlier version): it is not verified", file=sys.stderr, flush=True)
     config = Config()
-    config.model.dtype = Dtype(dist_checkpointing.load_common_state_dict(str(folder / WEIGHTS))["dtype"])
-    return config, folder / WEIGHTS
+    config.model.dtype = Dtype(dist_checkpointing.load_common_state_dict(str(weights))["dtype"])
+    return config, weights

@@ -36,6 +36,7 @@ from megatron_mapo.config import LORA_TARGETS, LoraConfig
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.megatron.layers import RowParallelLinearNorm
 from megatron_mapo.megatron.model import PolicyModel
+from megatron_mapo.quickstart import hub_name
 
 # megatron's linear layers -> the Hugging Face projections that each of them fuses, in the order of its rows.
 _FUSED = {
@@ -237,21 +238,24 @@ class BaseReference:
                 layer.enabled = True
 
 
-def save_adapter(weights: Iterator[tuple[str, Tensor]], lora: LoraConfig, base: str, out: Path) -> Path:
+def save_adapter(weights: Iterator[tuple[str, Tensor]], lora: LoraConfig, base: str, folder: Path, out: Path) -> Path:
     """Write adapters as a folder that PEFT loads.
 
     Args:
         weights: names and tensors of ``hf.named_adapters``.
         lora: how they were made.
-        base: the model that they belong to: a folder, or a repository of the hub.
+        base: ``model.path`` of the model that they belong to.
+        folder: where that is. PEFT is told so, unless it finds the model on the hub.
         out: folder to write.
     """
     out.mkdir(parents=True, exist_ok=True)
     save_file({n: w.detach().cpu().contiguous().clone() for n, w in weights}, str(out / "adapter_model.safetensors"))
+    name, revision = hub_name(base) or (str(folder.resolve()), None)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": sorted(lora.targets),

@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from frozen_trainer import train_frozen as train_frozen  # a case like those below
+from frozen_trainer import train_and_disagree as train_and_disagree  # cases like those below
+from frozen_trainer import train_frozen as train_frozen
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,7 +53,8 @@ BASE = [
 ZEROS = [0, 1, 2, 6]
 """Sequences of the frozen batch whose advantages are 0 where a case asks for it: a group, and one of another group."""
 BUCKET = 10_000
-"""Numbers after which a gradient bucket is full, where reduction overlaps. megatron's own is 40 million: one bucket."""
+"""Numbers after which a gradient bucket is full, where reduction overlaps; of adapters a tenth. megatron's own is 40
+million: one bucket."""
 
 
 def read_config(model: str, options: list[str]) -> Config:
@@ -72,7 +74,8 @@ def layout(config: Config) -> Iterator[Runtime]:
 
 def open_policy(config: Config, ranks: Runtime, total_updates: int) -> Policy:
     """A policy whose reductions, where they overlap, go over several buckets, as those of a large model do."""
-    small = partial(optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
+    bucket = BUCKET // 10 if config.actor.lora.rank else BUCKET
+    small = partial(optimizer.DistributedDataParallelConfig, bucket_size=bucket)
     with mock.patch.object(optimizer, "DistributedDataParallelConfig", small):
         policy = Policy(config, ranks, config.model.path, total_updates)
     # megatron cuts those of the first stage's first chunk alone.
@@ -158,6 +161,7 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     with layout(config) as ranks:
         policy = open_policy(config, ranks, total_updates=4)
+        before = {name: value.clone() for name, value in policy.named_weights()}
         columns = columns_of(policy, batch, fixed)
         part = (order % 2 == 0).nonzero().flatten()
         found["0.grad_norm.part"] = torch.tensor(policy.gradient_norm(batch, columns, part), dtype=torch.float64)
@@ -171,7 +175,9 @@ def train_case(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
             found |= scores_in_place(f"{k}.scores", scores, place)
             found |= {f"{k}.metric.{name}": v for name, v in logged_metrics(policy, batch, scores, columns).items()}
         # Before a forward pass, which would gather what overlap_param_gather has left for it.
-        found |= {f"weight.{n}": v.clone() for n, v in policy.named_weights()}
+        weights = {name: value.clone() for name, value in policy.named_weights()}
+        found |= {f"weight.{name}": value for name, value in weights.items()}
+        found["update"] = torch.cat([(weights[n].double() - v.double()).flatten() for n, v in sorted(before.items())])
         found |= scores_in_place("after", policy.log_probs(batch), place)
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from megatron_mapo import preemption
 from megatron_mapo.config import Config, load_config
 from megatron_mapo.data.prompts import Prompt, PromptStream, load_prompts
 from megatron_mapo.data.sequences import SequenceBatch
-from megatron_mapo.megatron import runtime
+from megatron_mapo.errors import MapoError
+from megatron_mapo.megatron import checkpoint, runtime
+from megatron_mapo.megatron.checkpoint_writer import Written
 from megatron_mapo.rollout.records import rollout_columns
 from megatron_mapo.rollout.sampler import sample_seed
 from megatron_mapo.tracking.jsonl import Row
@@ -36,6 +39,11 @@ class FrozenSession:
         data, longest = config.data, config.rollout.max_prompt_tokens
         rows = load_prompts(data.train, data.train_split, data, tokenizer, longest, key="data.train", limit=None)
         self.prompts = PromptStream(rows, config.run.seed, data.shuffle)
+        self.held_out = None
+        if data.eval is not None:
+            self.held_out = load_prompts(
+                data.eval, data.eval_split, data, tokenizer, longest, key="data.eval", limit=None
+            )
         self.tokenizer = tokenizer
         self.asked: list[Prompt] = []
         self.weights = ""
@@ -96,6 +104,37 @@ class FrozenTrainer(Trainer):
 
     def _open_rollout(self) -> None:
         self.rollout = FrozenSession(self.config, self.model_path)  # type: ignore[assignment]
+
+
+class DisagreeingTrainer(FrozenTrainer):
+    """Finds in its second step that server and trainer disagree, while the checkpoint of the first is being written."""
+
+    def _check_mismatch(self, metrics: dict[str, float]) -> None:
+        if self.step == 2:
+            self.found.set()
+            self.config.rollout.max_logprob_diff = 0.0
+        super()._check_mismatch(metrics)
+
+    def open(self) -> None:
+        """Open, then hold every write back until then."""
+        super().open()
+        self.found, write = threading.Event(), checkpoint.write
+
+        def held_back(*args: Any) -> Written:
+            assert self.found.wait(60)
+            return write(*args)
+
+        checkpoint.write = held_back
+
+
+def train_and_disagree(config: str, overrides: list[str]) -> list[str]:
+    """A whole run, up to its end by ``DisagreeingTrainer``: type and message of the error."""
+    settings = load_config(config, overrides)
+    try:
+        DisagreeingTrainer(settings, runtime.initialize(settings)).open_and_run()
+    except MapoError as error:
+        return [type(error).__name__, str(error)]
+    return ["", "nothing was raised"]
 
 
 def train_frozen(config: str, overrides: list[str], pids: str) -> None:

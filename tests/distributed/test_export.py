@@ -94,7 +94,7 @@ def test_an_export_is_what_was_trained(name: str, runs: Path, frozen: Path) -> N
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-def test_adapters_are_exported_as_they_were_trained(name: str, runs: Path) -> None:
+def test_adapters_are_exported_as_they_were_trained(name: str, runs: Path, frozen: Path) -> None:
     trained = load_file(runs / name / "adapters.safetensors")
     found = load_file(runs / name / "export" / "adapter" / "adapter_model.safetensors")
     assert found.keys() == trained.keys()
@@ -104,6 +104,7 @@ def test_adapters_are_exported_as_they_were_trained(name: str, runs: Path) -> No
         assert value.any(), key
     settings = json.loads((runs / name / "export" / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (4, 32.0)
+    assert settings["base_model_name_or_path"] == str((frozen / "llama_untied").resolve())
     merged, streamed = (load_file(runs / name / path) for path in ("export/model.safetensors", "weights.safetensors"))
     assert merged.keys() == streamed.keys()
     for key, value in streamed.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -267,7 +268,7 @@ def test_a_run_resumes_from_the_step_that_was_asked_for(launcher: Launcher, work
     shutil.rmtree(again / "checkpoints" / "step_000002")
     manifest = checkpoint_files.read_manifest(newest)
     assert manifest is not None
-    checkpoint_files.write_manifest(newest, replace(manifest, score=None))
+    checkpoint_files.write_manifest(newest, replace(manifest, score=None, measure=None))
     evaluated = (again / "evaluations.jsonl").read_text().splitlines(keepends=True)
     (again / "evaluations.jsonl").write_text("".join(evaluated[:-1]))
     whole(launcher, workspace, "again", "run.resume_step=2")
@@ -275,6 +276,25 @@ def test_a_run_resumes_from_the_step_that_was_asked_for(launcher: Launcher, work
     assert table(again / "metrics.jsonl") == table(straight / "metrics.jsonl")
     assert table(again / "evaluations.jsonl") == evaluations
     assert checkpoint_files.read_manifest(newest) == manifest, "with the score"
+    assert manifest.measure is not None
+    assert (manifest.measure.metric, manifest.measure.samples) == ("pass_at_1", 0)
+    rows = [json.loads(line) for line in (workspace / "heldout.jsonl").read_text().splitlines()]
+    columns = ([row["question"] for row in rows], [row["answer"] for row in rows], ["{}"] * len(rows))
+    digest = hashlib.sha256("".join(json.dumps(column) for column in columns).encode())
+    assert manifest.measure.data == digest.hexdigest()
+
+
+def test_a_run_that_ends_by_an_error_completes_the_checkpoint_that_is_being_written(
+    launcher: Launcher, workspace: Path
+) -> None:
+    options = ["run.name=disagrees", "trainer.save_interval=1"]
+    arguments = {"config": str(workspace / "config.yaml"), "overrides": options}
+    for kind, text in launcher.run(2, "train_and_disagree", arguments):
+        assert kind == "TrainingError"
+        assert "server and trainer disagree" in text
+    checkpoints = workspace / "runs/disagrees/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_000001"]
+    assert checkpoint_files.verify(checkpoints / "step_000001") is not None
 
 
 def test_a_start_that_must_not_be_changes_nothing(launcher: Launcher, workspace: Path) -> None:

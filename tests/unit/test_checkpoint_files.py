@@ -11,7 +11,7 @@ import pytest
 import xxhash
 
 from megatron_mapo import checkpoint_files as files
-from megatron_mapo.checkpoint_files import Manifest, Retention
+from megatron_mapo.checkpoint_files import Manifest, Measure, Retention
 from megatron_mapo.errors import CheckpointError
 
 
@@ -53,6 +53,18 @@ class TestManifest:
         data = bytes(range(256)) * 3
         assert manifest.files["__0_0.distcp"] == files.FileEntry(768, xxhash.xxh3_128_hexdigest(data))
         assert set(manifest.files) == {"common.pt", "__0_0.distcp"}
+
+    def test_of_a_version_that_did_not_say_of_what_a_score_is(self, tmp_path: Path) -> None:
+        (path,) = write(tmp_path, 3, s3=0.25)
+        tree = json.loads((path / "manifest.json").read_text())
+        assert tree.pop("measure") is None
+        (path / "manifest.json").write_text(json.dumps(tree))
+        manifest = files.verify(path)
+        assert manifest is not None
+        assert (manifest.score, manifest.measure) == (0.25, None)
+        measure = Measure("pass_at_1", 8, "abc")
+        files.add_score(tmp_path, 3, 0.5, measure)
+        assert files.verify(path) == replace(manifest, score=0.5, measure=measure)
 
     def test_of_an_earlier_version_is_missing(self, tmp_path: Path) -> None:
         (path,) = write(tmp_path, 3)
@@ -186,6 +198,27 @@ class TestRetention:
         files.retain(tmp_path, Retention(last=1, best=True))
         assert steps(tmp_path) == [2, 3]
         assert files.read_pointer(tmp_path, "best") == "step_000002"
+
+    def test_scores_of_another_metric_or_other_data_are_not_compared(self, tmp_path: Path) -> None:
+        """The best by each measure stays, and the newest measure's is the best one."""
+        write(tmp_path, *range(10, 100, 10), s10=0.3, s20=0.4)
+        known = {
+            30: (0.9, Measure("pass_at_4", 4, "some")),
+            40: (0.8, Measure("pass_at_4", 4, "some")),
+            50: (0.7, Measure("pass_at_4", 4, "other")),
+            60: (0.5, Measure("pass_at_1", 0, "other")),
+            70: (0.1, Measure("pass_at_1", 4, "other")),
+            80: (0.2, Measure("pass_at_1", 4, "other")),
+        }
+        for step, (score, measure) in known.items():
+            files.add_score(tmp_path, step, score, measure)
+        problems = files.retain(tmp_path, Retention(last=1, best=True))
+        assert steps(tmp_path) == [20, 30, 50, 60, 80, 90]
+        assert files.read_pointer(tmp_path, "best") == "step_000080"
+        for step, problem in zip((60, 50, 30, 20), problems, strict=True):
+            assert f"step_0000{step} stays, and its score is not compared" in problem
+        assert "pass_at_4 of 4 samples on the data other" in problems[1]
+        assert "an earlier version" in problems[3]
 
     def test_a_checkpoint_written_twice_is_replaced(self, tmp_path: Path) -> None:
         (path,) = write(tmp_path, 3)

@@ -18,7 +18,7 @@ import xxhash
 from tiny_models import make_tiny_model
 
 from megatron_mapo import __version__, checkpoint_files
-from megatron_mapo.checkpoint_files import Manifest
+from megatron_mapo.checkpoint_files import Manifest, Measure
 from megatron_mapo.config import describe_options
 from megatron_mapo.errors import CheckpointError, ConfigError, DataError
 from megatron_mapo.launch.run_folder import Checkpoint, describe_checkpoint, list_checkpoints
@@ -224,6 +224,7 @@ class TestRunFolder:
             versions={"megatron-mapo": "0.1.0", "torch": "2.13.0"},
             config_hash=xxhash.xxh3_128_hexdigest(text.encode()),
             score=0.625,
+            measure=Measure("pass_at_1", 8, "0123456789abcdef"),
             parts={"weights": 1 << 20, "optimizer": 2 << 20, "other": 0},
             files={"__0_0.distcp": checkpoint_files.hash_file(partial / "__0_0.distcp")},
         )
@@ -242,7 +243,7 @@ class TestRunFolder:
             "  model      qwen3, bfloat16, models/q",
             "  sizes      weights 1.0 MiB, optimizer 2.0 MiB, other 0.0 MiB",
             "  written    2025-01-02T03:04:05+00:00 by megatron-mapo 0.1.0, torch 2.13.0",
-            "  score      0.625",
+            "  score      0.625 (pass_at_1 of 8 samples on the data 0123456789)",
             "  integrity  sizes and checksums of 1 files as they were written",
         ):
             assert line in lines

@@ -189,6 +189,13 @@ def test_a_signal_goes_before_a_due_evaluation(asked: str, did: list[str], monke
     assert loop.did == did
 
 
+def test_checkpoints_are_written_without_being_asked_for() -> None:
+    loop = Loop(0, "")
+    loop.config.trainer.steps = 41
+    loop.run()
+    assert [what for what in loop.did if what.startswith("save")] == ["save 20", "save 40", "save 41"]
+
+
 def test_the_next_start_makes_up_for_an_evaluation() -> None:
     loop = Loop(2, "")
     loop.run()

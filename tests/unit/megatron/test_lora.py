@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from reference import ragged_batch, scores_of
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_mapo.config import LORA_TARGETS, Config
+from megatron_mapo.config import LORA_TARGETS, Config, LoraConfig
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.megatron.lora import adapted_layers, save_adapter
 from megatron_mapo.megatron.policy import Policy
@@ -52,7 +52,7 @@ def test_scores_and_merged_weights_equal_those_of_peft(
     arch, targets = CASES[case]
     path, batch = make_tiny_model(tmp_path / "model", arch), ragged_batch()
     policy = adapted_policy(config, runtime, path, targets)
-    out = save_adapter(policy.named_adapters(), config.actor.lora, str(path), tmp_path / "adapter")
+    out = save_adapter(policy.named_adapters(), config.actor.lora, str(path), path, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     plain = scores_of(base, batch)[0]
     model = PeftModel.from_pretrained(base, out).eval()
@@ -67,6 +67,28 @@ def test_scores_and_merged_weights_equal_those_of_peft(
             changed.add(name)
             assert closeness(value, merged[name]) <= 1e-6, name
     assert changed == {n for n in before if n.endswith(".weight") and n.split(".")[-2] in targets}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "revision"),
+    [
+        ("owner/model", "owner/model", None),
+        ("owner/model@v1.0", "owner/model", "v1.0"),
+        ("quickstart:smollm2", "{tmp}/models/m", None),
+        ("models/m", "{tmp}/models/m", None),
+        ("./models/m", "{tmp}/models/m", None),
+        ("~/models/m", "{tmp}/models/m", None),
+    ],
+)
+def test_peft_finds_the_base_of_adapters(
+    path: str, name: str, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("models/m").mkdir(parents=True)
+    out = save_adapter(iter([("a", torch.zeros(1))]), LoraConfig(rank=4), path, Path("models/m"), Path("adapter"))
+    found = PeftConfig.from_pretrained(str(out))
+    assert (found.base_model_name_or_path, found.revision) == (name.format(tmp=tmp_path), revision)
 
 
 def test_the_base_below_the_adapters_is_the_reference(config: Config, runtime: Runtime, tmp_path: Path) -> None:
