@@ -17,6 +17,7 @@ from reasoning_gym import get_score_answer_fn
 from megatron_mapo.rewards.answers import final_statement
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_FENCED = re.compile(r"\s*```\w*\n(.*?)\n[ \t]*```", re.DOTALL)
 
 EVALUATED_AS_PYTHON = frozenset({"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"})
 """Tasks that ``eval`` an answer, for it may be a list."""
@@ -37,8 +38,10 @@ _FUNCTIONS = {
 def verify(response: str, answer: str, metadata: dict[str, Any]) -> float:
     """Score from 0 to 1, as the task gives it; many tasks give partial scores.
 
-    The scorer sees what stands in the last ``<answer>...</answer>``, else the last marked answer (see
-    ``answers``), else the whole response.
+    The scorer sees what stands in the last ``<answer>...</answer>``, else the last marked answer (see ``answers``),
+    else the whole response, as it was written: white space and asterisks mean something in grids and formulas.
+    Where a marked answer ends is not known, so it is read as all that follows, as the paragraph, the line, and the
+    sentence without decoration. The best score counts; all begin with the same words.
 
     Args:
         response: the response.
@@ -56,15 +59,24 @@ def verify(response: str, answer: str, metadata: dict[str, Any]) -> float:
             "the row has no `source_dataset`: reward.name=reasoning_gym needs data.train=reasoning_gym:TASK"
         )
     entry = {"question": metadata.get("question", ""), "answer": answer, "metadata": inner}
-    stated = _stated(response).strip()
-    if not _is_data(task, stated):
-        return 0.0
-    return float(_scorer(task)(answer=stated, entry=entry))
+    return max(_score(task, text, entry) if _is_data(task, text) else 0.0 for text in _readings(response))
 
 
 def extract(response: str) -> str | None:
     """What the task's scorer is shown, with white space made even; None if that is nothing."""
-    return " ".join(_stated(response).split()) or None
+    readings = _readings(response)
+    # Words without decoration, but every line of a grid.
+    return " ".join(readings[0 if "\n" in readings[0] else -1].split()) or None
+
+
+def _score(task: str, text: str, entry: dict[str, Any]) -> float:
+    score = _scorer(task)
+    try:
+        return float(score(answer=text, entry=entry))
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        # Some scorers raise on what they cannot read. The task's own answer they can, unless the row is broken.
+        score(answer=entry["answer"], entry=entry)
+        return 0.0
 
 
 @lru_cache
@@ -72,9 +84,17 @@ def _scorer(task: str) -> Callable[..., float]:
     return get_score_answer_fn(task)
 
 
-def _stated(response: str) -> str:
+def _readings(response: str) -> list[str]:
+    """What may be the answer; the first is the longest."""
     tagged = _TAGGED.findall(response.rpartition("</think>")[2])
-    return tagged[-1].strip() if tagged else final_statement(response).text
+    if tagged:
+        return [tagged[-1].strip()]
+    statement = final_statement(response)
+    fenced = _FENCED.match(statement.raw)
+    raw = (fenced[1] if fenced else statement.raw).strip()
+    cut = [raw.partition("\n\n")[0], raw.partition("\n")[0].strip("`$* .")] if statement.marked else []
+    # Without white space at the ends: `eval` takes it, and `_is_data` would not see what it takes.
+    return list(dict.fromkeys(text.strip() for text in (raw, *cut, statement.text)))
 
 
 def _is_data(task: str, text: str) -> bool:

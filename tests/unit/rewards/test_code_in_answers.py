@@ -43,8 +43,12 @@ def test_no_task_runs_a_response(task: str, tmp_path: Path) -> None:
     entry = tasks.create_dataset(task, size=1, seed=1)[0]
     mark = tmp_path / "it ran"
     for text in hostile(mark):
-        assert reasoning_gym.verify(f"<answer>{text}</answer>", entry["answer"], entry["metadata"]) == 0
-        assert not mark.exists(), text
+        for form in ("<answer>{}</answer>", "{}", "Answer:\n{}", "Answer: 1\n\n{}", "Answer:\n```\n{}\n```"):
+            response = form.replace("{}", text)
+            score = reasoning_gym.verify(response, entry["answer"], entry["metadata"])
+            # The first sentence may be a number: "5! + ..." is 5 to two of the scorers.
+            assert score == 0 if form.startswith("<") else score < 0.1
+            assert not mark.exists(), response
 
 
 @pytest.mark.parametrize("task", GUARDED)

@@ -4,8 +4,9 @@ import random
 
 import pytest
 import reasoning_gym as gym
+from reasoning_gym.factory import DATASETS
 
-from megatron_mapo.rewards import exact, gsm8k, math, reasoning_gym
+from megatron_mapo.rewards import choice, exact, gsm8k, math, reasoning_gym
 
 # (response, reference answer, right). The same for `gsm8k` and `math`.
 NUMBERS = [
@@ -136,6 +137,90 @@ NUMBERS = [
     ("maybe \\boxed{41}</think>42", "42", True),
     ("<think>so \\boxed{42}", "42", False),
     ("<think>42</think>", "42", False),
+    ("The answer is - 18", "-18", True),
+    ("\\boxed{- 18}", "18", False),
+    ("Answer: –18", "-18", True),
+    ("Answer:\n- 18", "18", True),
+    # a sign or a scale in words
+    ("The answer is negative 18.", "-18", True),
+    ("The answer is negative 18.", "18", False),
+    ("The answer is minus $18", "-18", True),
+    ("It is minus 18", "18", False),
+    ("20 minus 18", "18", False),
+    ("20 minus 18", "-18", False),
+    ("The answer is not 18, it is 19", "18", False),
+    ("It isn't 18", "18", False),
+    ("Answer: She is not a baker, so she makes 18", "18", True),
+    ("#### 2 thousand", "2000", True),
+    ("#### 2 thousand", "2", False),
+    ("The answer is 2 million dollars", "2,000,000", True),
+    ("The answer is 2 million dollars", "2", False),
+    ("1500000", "$1.5 million", True),
+    ("2 hundred thousand", "200000", True),
+    ("$2M", "2", False),
+    ("2 dozen", "2", True),
+    # not a plain number
+    ("\\boxed{x<12}", "12", False),
+    ("\\boxed{x >= 12}", "12", False),
+    ("\\boxed{x \\neq 12}", "12", False),
+    ("The answer is at least 12", "12", False),
+    ("The answer is 12 or more", "12", False),
+    ("\\boxed{\\pm 12}", "12", False),
+    ("\\boxed{\\log 12}", "12", False),
+    ("sqrt(144)", "144", False),
+    ("half of 12", "12", False),
+    ("12 squared", "12", False),
+    ("\\boxed{12!}", "12", False),
+    ("The answer is **12**!", "12", True),
+    ("\\boxed{12:1}", "12", False),
+    ("The ratio is 3:4", "4", False),
+    ("\\boxed{12.\\overline{3}}", "12", False),
+    ("\\boxed{12 i}", "12", False),
+    ("\\boxed{12 \\text{ and } x}", "12", False),
+    ("The answer is 12 and a half", "12", False),
+    ("\\boxed{\\infty, 12}", "12", False),
+    ("\\boxed{x, 12}", "12", False),
+    ("\\boxed{12_8}", "12", False),
+    ("\\boxed{x = 11 \\text{ or } x = 12}", "12", False),
+    # hedges
+    ("The answer is 18 (or 19)", "18", False),
+    ("The answer is 18, perhaps 19", "18", False),
+    ("The answer is 18. Or 19.", "18", False),
+    ("The answer is 18. Wait, it is 19.", "18", False),
+    ("18 (or 19)", "19", False),
+    ("18, but it could be 19", "19", False),
+    ("18. Or 19.", "19", False),
+    ("\\boxed{18} or 19", "18", False),
+    ("\\boxed{18} or \\boxed{19}", "19", False),
+    ("\\boxed{18}, or maybe \\boxed{19}", "19", False),
+    ("\\boxed{18}\n\n\\boxed{18}", "18", True),
+    ("\\boxed{18}. Wait, let me check: 9*2=18.", "18", True),
+    ("Answer: 3/4, or 0.75", "0.75", True),
+    # as models write
+    ("Final Answer: The final answer is $18$. I hope it is correct.", "18", True),
+    ("\\[ 9 \\times 2 = 18 \\]\n\nTherefore, Janet makes $\\boxed{18}$ dollars every day.", "18", True),
+    ("So Janet makes \\( 9 \\times 2 = \\$18 \\) per day.", "18", True),
+    ("**Final Answer:** \\(\\boxed{18}\\)", "18", True),
+    ("### Final Answer\n\\[\n\\boxed{18}\n\\]", "18", True),
+    ("Janet makes **$18** every day at the farmers' market.", "18", True),
+    ("The answer would be 18.", "18", True),
+    ("<answer>The answer is 18.</answer>", "18", True),
+    ("The answer is 18.</s>", "18", True),
+    ("The answer is 18<|im_end|>", "18", True),
+    ("The answer is Rs. 18", "18", True),
+    ("The answer is 18 apples per day for 3 days.", "18", True),
+    ("Answer: 18 dollars (Janet sells 9 eggs at 2 dollars)", "18", True),
+    ("The answer is 18, which is 2 more than 16.", "18", True),
+    ("The answer is 18 apples and oranges", "18", True),
+    ("The answer is 12 times", "12", True),
+    ("The answer is 18 - easy", "18", True),
+    ("She needs at least 18 boxes.", "18", True),
+    ("\\boxed{\\$18}", "18", True),
+    ("\\boxed{18 \\text{ cm}^2}", "18", True),
+    ("\\boxed{18~\\mathrm{m}}", "18", True),
+    ("\\boxed{18^{\\circ}}", "18", True),
+    ("\\boxed{\\text{\\textbf{18}}}", "18", True),
+    ("\\boxed{AB = 18}", "18", True),
 ]
 
 SYMBOLIC = [
@@ -176,6 +261,29 @@ def test_math_symbolic(response, answer, right):
     assert math.verify(response, answer, {}) is right
 
 
+PAIR = r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"
+SQUARE = r"\begin{bmatrix} \frac{1}{2} & 3 \\ -4 & \sqrt{2} \end{bmatrix}"
+
+
+@pytest.mark.parametrize(
+    ("stated", "answer", "right"),
+    [
+        (PAIR, PAIR, True),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", PAIR, True),
+        (PAIR, r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+        (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", PAIR, True),
+        (r"\left(\begin{array}{c} 1 \\ 2 \end{array}\right)", PAIR, True),
+        (r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", PAIR, False),
+        (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", PAIR, False),
+        (r"\begin{bmatrix}0.5&3\\-4&\sqrt2\end{bmatrix}", SQUARE, True),
+        (r"\begin{bmatrix} \frac{1}{2} & -4 \\ 3 & \sqrt{2} \end{bmatrix}", SQUARE, False),
+    ],
+)
+def test_math_matrices(stated, answer, right):
+    assert math.verify(f"\\boxed{{{stated}}}", answer, {}) is right
+    assert math.verify(f"The answer is ${stated}$.", answer, {}) is right
+
+
 def test_gsm8k_words():
     assert gsm8k.verify("The answer is tuesday.", "Tuesday", {})
     assert not gsm8k.verify("The answer is not Tuesday.", "Tuesday", {})
@@ -214,6 +322,10 @@ HOSTILE = [
     "٣ ² ½ Ⅻ 一 \ud800 \x00",
     "\\frac{1}{0} 1/0 0/0",
     "<think>" * 10_000,
+    "{" * 400_000,
+    "1" + " million" * 100_000,
+    "The answer is 12" + " " * 1_000_000 + "x",
+    "\\boxed{1}" + " " * 1_000_000 + "or",
 ]
 
 
@@ -223,6 +335,7 @@ HOSTILE = [
 def test_hostile_responses_are_wrong(text):
     assert gsm8k.verify(text, "12345678", {}) is False
     assert math.verify(text, "12345678", {}) is False
+    assert choice.verify(text, "B", {}) is False
 
 
 def test_random_text_never_raises():
@@ -249,6 +362,42 @@ def test_reasoning_gym_scores_like_the_task():
             reasoning_gym.verify(f"<answer>{entry['answer']}</answer> <answer>no</answer>", entry["answer"], metadata)
             < 0.1
         )
+
+
+SLOW = {"arc_agi", "knight_swap", "group_anagrams", "figlet_font"}
+"""Tasks whose entries take half a second to make."""
+WRITTEN = {
+    "bare": "{}",
+    "marked": "I thought about it.\n\n**Answer:**\n{}",
+    "on the same line": "The answer is: {}",
+    "with a word behind": "Answer:\n{}\n\nThis fits.",
+    "in a fence": "Answer:\n```text\n{}\n```\nThis fits.",
+    "tagged": "I thought about it. <answer>\n{}\n</answer>",
+}
+
+
+@pytest.mark.parametrize("task", sorted(set(DATASETS) - {"composite"} - SLOW))
+def test_reasoning_gym_scores_right_answers_of_every_task(task):
+    for entry in gym.create_dataset(task, size=3, seed=3):
+        answer = entry["metadata"]["valid_answers"][0] if task == "n_queens" else entry["answer"]
+        if answer is None:  # the task knows only how to check one
+            continue
+        for name, form in WRITTEN.items():
+            assert reasoning_gym.verify(form.format(answer), entry["answer"], entry["metadata"]) == 1, name
+
+
+@pytest.mark.parametrize("task", ["mini_sudoku", "polynomial_multiplication", "chain_sum"])
+def test_reasoning_gym_gives_nothing_for_another_answer(task):
+    first, second = gym.create_dataset(task, size=2, seed=3)
+    for form in WRITTEN.values():
+        assert reasoning_gym.verify(form.format(second["answer"]), first["answer"], first["metadata"]) < 0.5
+
+
+def test_reasoning_gym_what_a_scorer_cannot_read_is_wrong():
+    entry = gym.create_dataset("prime_factorization", size=1, seed=3)[0]
+    assert reasoning_gym.verify("I do not know.", entry["answer"], entry["metadata"]) == 0
+    with pytest.raises(ValueError, match="seven"):
+        reasoning_gym.verify("7", "seven", entry["metadata"])
 
 
 def test_reasoning_gym_needs_its_own_rows():
