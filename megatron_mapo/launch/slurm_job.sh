@@ -120,22 +120,24 @@ mapo_step() {
 # MAPO_TRAINERS_PER_NODE if that was left to the node's GPUs.
 mapo_check() {
   local node=${TRAINER_NODES%% *} since=$SECONDS out code folder
-  exec {out}< <(mapo_step "$node" 1 "${TRAINER_GROUP[@]}" -- "$MAPO_TRAIN_PYTHON" -m "$MAPO_TASK" check \
+  out=$(mktemp) || exit 2
+  mapo_step "$node" 1 "${TRAINER_GROUP[@]}" -- "$MAPO_TRAIN_PYTHON" -m "$MAPO_TASK" check \
     --nodes "$(wc -w <<<"$TRAINER_NODES")" --trainers "$MAPO_TRAINERS_PER_NODE" --layout "$MAPO_LAYOUT" \
-    --start-timeout "$MAPO_START_TIMEOUT" -- "${MAPO_RUN[@]}")
+    --start-timeout "$MAPO_START_TIMEOUT" -- "${MAPO_RUN[@]}" >"$out" &
   MAPO_CHECK_PID=$!
   while mapo_alive "$MAPO_CHECK_PID"; do
     mapo_heed
     mapo_in_time "$since" 1 "$node has not read the configuration"
     mapo_nap
   done
-  wait "$MAPO_CHECK_PID" || {
-    code=$?
+  wait "$MAPO_CHECK_PID"
+  code=$?
+  read -r MAPO_TRAINERS_PER_NODE folder < <(tail -n 1 "$out")
+  rm "$out"
+  if [ "$code" -ne 0 ]; then
     mapo_heed
     exit "$code"
-  }
-  read -r MAPO_TRAINERS_PER_NODE folder < <(tail -n 1 <&"$out")
-  exec {out}<&-
+  fi
   MAPO_LOGS=$folder/logs/slurm-$MAPO_JOB.${SLURM_RESTART_COUNT:-0}
   mkdir -p "$MAPO_LOGS" || exit 2
   exec > >(mapo_tee job.log) 2>&1

@@ -293,6 +293,7 @@ def test_ranks_see_all_gpus_of_their_node(idle: Cluster, workspace: Path, stand_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the run twice, and a job that converts
 def test_launch_slurm_trains_and_serves_on_one_node(idle: Cluster, workspace: Path) -> None:
     """Submitted by the command line: the numbers of `launch local`. The checkpoint becomes a Hugging Face folder.
 
