@@ -319,16 +319,15 @@ def _launch_local(arguments: argparse.Namespace) -> int:
 def _launch_slurm(arguments: argparse.Namespace) -> int:
     from megatron_mapo.config import load_config
     from megatron_mapo.launch import slurm
+    from megatron_mapo.launch.arguments import hidden
 
     config = load_config(arguments.config, arguments.overrides)
-    server = config.rollout.server
-    spare = 0 if arguments.server_nodes else server.count * server.tensor
     named = [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(arguments, name))]
     job = slurm.SlurmJob(
         nodes=arguments.nodes,
         server_nodes=arguments.server_nodes,
         gpus_per_node=arguments.gpus_per_node,
-        trainers_per_node=arguments.trainers_per_node or max(1, arguments.gpus_per_node - spare),
+        trainers_per_node=arguments.trainers_per_node or 0,
         time=arguments.time,
         grace=arguments.grace,
         restarts=arguments.restarts,
@@ -336,11 +335,11 @@ def _launch_slurm(arguments: argparse.Namespace) -> int:
         sbatch=(*named, *arguments.sbatch),
     )
     job.check(config)
-    script = slurm.render(job, arguments.config, arguments.overrides, config)
     if arguments.dry_run:
-        print(script, end="")
+        shown = [hidden(override) for override in arguments.overrides]
+        print(slurm.render(job, arguments.config, shown, config), end="")
         return 0
-    number = slurm.submit(script, config)
+    number = slurm.submit(slurm.render(job, arguments.config, arguments.overrides, config), config)
     print(f"job {number}; it writes to {config.run_dir.absolute()}/logs/slurm-{number}.out")
     return 0
 

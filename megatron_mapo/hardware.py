@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from megatron_mapo.config import Config, Dtype
 
 
@@ -10,6 +12,16 @@ def has_accelerator() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def visible_gpus() -> list[str]:
+    """This process's GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them; CUDA is not initialised."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def native_dtype() -> Dtype:

@@ -14,9 +14,13 @@ def interface_of(address: str) -> str | None:
 
 
 def network_environment(environment: Mapping[str, str], address: str) -> dict[str, str]:
-    """What gloo needs: it would look up the host's own name, which fails where that is a loopback address."""
-    interface = environment.get("GLOO_SOCKET_IFNAME") or interface_of(address)
-    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    """Interfaces of gloo and NCCL, where ``environment`` has none.
+
+    gloo would look up the host's own name, which fails where that is a loopback address; NCCL would choose by name.
+    """
+    interface = interface_of(address)
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: chosen for name in names if (chosen := environment.get(name) or interface)}
 
 
 def thread_environment(threads: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ The script is one like those in ``scripts/slurm``: options of sbatch, settings, 
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from megatron_mapo.config import Config, data_parallel_size
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.launch.local import make_log_folder
+from megatron_mapo.launch.slurm_task import fit_node
 
 FUNCTIONS = Path(__file__).with_name("slurm_job.sh")
 
@@ -28,7 +30,7 @@ class SlurmJob:
         nodes: all nodes of the job.
         server_nodes: how many of them only serve; 0: every node trains and serves.
         gpus_per_node: GPUs of a node; 0: none are asked for.
-        trainers_per_node: trainer ranks of a node that trains.
+        trainers_per_node: trainer ranks of a node that trains; 0: one a GPU that servers leave.
         time: limit, as sbatch takes it.
         grace: seconds before the limit at which the run saves and goes back to the queue.
         restarts: how often crashed trainers are started again within the job.
@@ -46,6 +48,11 @@ class SlurmJob:
     container: str = ""
     sbatch: tuple[str, ...] = ()
 
+    @property
+    def layout(self) -> str:
+        """As ``MAPO_LAYOUT``."""
+        return "disaggregated" if self.server_nodes else "colocated"
+
     def check(self, config: Config) -> None:
         """Refuse a job that cannot hold the run.
 
@@ -57,19 +64,13 @@ class SlurmJob:
                 f"--server-nodes {self.server_nodes} of --nodes {self.nodes} leaves none for trainers "
                 "(--server-nodes 0: every node trains and serves)"
             )
-        server = config.rollout.server
-        taken = server.count * server.tensor
-        room = self.gpus_per_node if self.server_nodes else self.gpus_per_node - self.trainers_per_node
-        if self.gpus_per_node and taken > room:
-            raise ConfigError(
-                f"rollout.server.count * rollout.server.tensor = {taken} GPUs do not fit into the {room} that a node "
-                "has for servers: change these keys, --gpus-per-node, --trainers-per-node or --server-nodes"
-            )
-        data_parallel_size(config, (self.nodes - self.server_nodes) * self.trainers_per_node)
+        trainers = fit_node(config, self.gpus_per_node, self.layout, self.trainers_per_node)
+        data_parallel_size(config, (self.nodes - self.server_nodes) * trainers)
 
     def options(self, config: Config) -> list[str]:
         """Options of sbatch."""
         gpus = [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
+        folder = str(config.run_dir.absolute()).replace("%", "%%")  # of its patterns, only %j is meant
         return [
             f"--job-name={config.run.name}",
             f"--nodes={self.nodes}",
@@ -80,9 +81,17 @@ class SlurmJob:
             f"--signal=B:USR1@{self.grace}",
             "--requeue",
             "--open-mode=append",
-            f"--output={config.run_dir.absolute()}/logs/slurm-%j.out",
+            f"--output={folder}/logs/slurm-%j.out",
             *self.sbatch,
         ]
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it in a script: not as a shell would, backslashes count inside all quotes."""
+    name, equals, value = option.partition("=")
+    if not equals or not re.search(r"""[\s"'#\\]""", value):
+        return option
+    return f"{name}=" + '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def render(job: SlurmJob, config_path: str | None, overrides: Sequence[str], config: Config) -> str:
@@ -97,9 +106,9 @@ def render(job: SlurmJob, config_path: str | None, overrides: Sequence[str], con
     settings = {
         "MAPO_WORKDIR": str(Path.cwd()),
         "MAPO_CONFIG": str(Path(config_path).absolute()) if config_path else "",
-        "MAPO_LAYOUT": "disaggregated" if job.server_nodes else "colocated",
+        "MAPO_LAYOUT": job.layout,
         "MAPO_SERVER_NODES": str(job.server_nodes),
-        "MAPO_TRAINERS_PER_NODE": str(job.trainers_per_node),
+        "MAPO_TRAINERS_PER_NODE": str(job.trainers_per_node or ""),
         "MAPO_RESTARTS": str(job.restarts),
         "MAPO_CONTAINER": job.container,
         # What is in a container has paths of its own.
@@ -109,7 +118,7 @@ def render(job: SlurmJob, config_path: str | None, overrides: Sequence[str], con
         [
             "#!/usr/bin/env bash",
             f"# Written by `megatron-mapo launch slurm`. It goes on from the last checkpoint of {config.run_dir}.",
-            *(f"#SBATCH {option}" for option in job.options(config)),
+            *(f"#SBATCH {_quoted(option)}" for option in job.options(config)),
             "",
             *(f"{name}={shlex.quote(value)}" for name, value in settings.items()),
             "",

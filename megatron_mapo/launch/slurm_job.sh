@@ -6,8 +6,9 @@
 #                           colocated: every node does both; servers take the GPUs that its trainers leave
 #                           (a heterogeneous job needs neither: component 0 trains, component 1 serves)
 #   MAPO_SERVER_NODES       nodes with servers (disaggregated)
-#   MAPO_TRAINERS_PER_NODE  trainer ranks of a node
+#   MAPO_TRAINERS_PER_NODE  trainer ranks of a node; empty: one a GPU that its servers leave
 #   MAPO_RESTARTS           how often trainers that crashed are started again within the job
+#   MAPO_START_TIMEOUT      seconds until the configuration is read, and then until the servers of all nodes answer
 #   MAPO_TRAIN_PYTHON, MAPO_SERVE_PYTHON  interpreters, as the nodes (or the container) see them; empty: the checkout's
 #                           .venv if it has one, python3 otherwise and in a container
 #   MAPO_CONTAINER          empty, pyxis:IMAGE or apptainer:IMAGE
@@ -19,9 +20,14 @@ MAPO_PREEMPTED=75 # megatron_mapo.errors.Preempted
 MAPO_TASK=megatron_mapo.launch.slurm_task
 MAPO_ASKED=       # the signal that asked this job to end
 MAPO_BEGUN=       # set once trainers were started
+MAPO_CHECK_PID=
 MAPO_SERVERS_PID=
 MAPO_TRAINERS_PID=
 MAPO_TEE_PID= # writes job.log
+
+# A task of a job array by its own name: the SLURM_JOB_ID of one of them is that of the whole array.
+MAPO_JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+: "${MAPO_JOB:=${SLURM_JOB_ID:-}}"
 
 mapo_say() { printf '%(%FT%T)T %s\n' -1 "$*"; }
 
@@ -41,16 +47,18 @@ mapo_fail() { # EXIT_CODE TEXT
 mapo_settings() {
   local python=${MAPO_REPO:-}/.venv/bin/python
   if [ -n "${MAPO_CONTAINER:-}" ] || [ ! -x "$python" ]; then python=python3; fi
-  : "${MAPO_LAYOUT:=disaggregated}" "${MAPO_SERVER_NODES:=1}" "${MAPO_TRAINERS_PER_NODE:=1}" "${MAPO_RESTARTS:=0}"
+  : "${MAPO_LAYOUT:=disaggregated}" "${MAPO_SERVER_NODES:=1}" "${MAPO_TRAINERS_PER_NODE:=0}" "${MAPO_RESTARTS:=0}"
+  : "${MAPO_START_TIMEOUT:=1800}"
   : "${MAPO_TRAIN_PYTHON:=$python}" "${MAPO_SERVE_PYTHON:=$MAPO_TRAIN_PYTHON}" "${MAPO_CONTAINER:=}" "${MAPO_MOUNTS:=}"
   export MAPO_INTERFACE=${MAPO_INTERFACE:-}
-  [ -n "${SLURM_JOB_ID:-}" ] || mapo_fail 2 "this is not a Slurm job: submit the script with sbatch"
+  [ -n "$MAPO_JOB" ] || mapo_fail 2 "this is not a Slurm job: submit the script with sbatch"
   [[ $MAPO_LAYOUT =~ ^(disaggregated|colocated)$ ]] || mapo_fail 2 "MAPO_LAYOUT must be disaggregated or colocated"
   [[ $MAPO_CONTAINER =~ ^((pyxis|apptainer):.+)?$ ]] ||
     mapo_fail 2 "MAPO_CONTAINER must be empty, pyxis:IMAGE or apptainer:IMAGE"
   cd "${MAPO_WORKDIR:-$MAPO_REPO}" || exit 2
-  # Made for this job, and passed through the environment only: command lines are visible to every user.
-  MAPO_API_KEY=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
+  # Made for this job unless servers of others ask for theirs, and passed through the environment only: command lines
+  # are visible to every user.
+  : "${MAPO_API_KEY:=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')}"
   export MAPO_API_KEY
   export PYTHONUNBUFFERED=1 # what a component prints is in its log at once
 }
@@ -65,7 +73,7 @@ mapo_nodes() {
       mapo_fail 2 "a heterogeneous job needs 2 components (trainers, servers), not $SLURM_HET_SIZE"
     TRAINER_NODES=$(mapo_hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")
     SERVER_NODES=$(mapo_hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")
-    TRAINER_GROUP=(--het-group=0) SERVER_GROUP=(--het-group=1)
+    TRAINER_GROUP=(--het-group=0) SERVER_GROUP=(--het-group=1) MAPO_LAYOUT=hetjob
     MAPO_NODES="$TRAINER_NODES $SERVER_NODES"
   else
     MAPO_NODES=$(mapo_hostnames "$SLURM_JOB_NODELIST")
@@ -96,6 +104,8 @@ mapo_step() {
   done
   shift
   # The steps of a job share its nodes, with all CPUs, memory and GPUs of the job: --overlap, --mem=0, no binding.
+  if [ -n "${SLURM_GPUS_PER_TASK:-}" ]; then flags+=(--gpus-per-node="$SLURM_GPUS_ON_NODE"); fi
+  unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_GPU_BIND
   flags+=(--overlap --mem=0 --overcommit --cpu-bind=none --export=ALL --nodelist="${nodes// /,}"
     --nodes="$count" --ntasks="$((count * per_node))" --ntasks-per-node="$per_node")
   case $MAPO_CONTAINER in
@@ -106,17 +116,29 @@ mapo_step() {
   exec srun "${flags[@]}" "$@"
 }
 
-# Reads the configuration on the first trainer node, with the trainers' interpreter. Sets MAPO_LOGS.
+# Reads the configuration on the first trainer node, with the trainers' interpreter. Sets MAPO_LOGS, and
+# MAPO_TRAINERS_PER_NODE if that was left to the node's GPUs.
 mapo_check() {
-  local ranks out code
-  ranks=$(($(wc -w <<<"$TRAINER_NODES") * MAPO_TRAINERS_PER_NODE))
-  out=$(mapo_step "${TRAINER_NODES%% *}" 1 "${TRAINER_GROUP[@]}" -- "$MAPO_TRAIN_PYTHON" -m "$MAPO_TASK" \
-    check --ranks "$ranks" -- "${MAPO_RUN[@]}") || {
-    code=$?
+  local node=${TRAINER_NODES%% *} since=$SECONDS out code folder
+  out=$(mktemp) || exit 2
+  mapo_step "$node" 1 "${TRAINER_GROUP[@]}" -- "$MAPO_TRAIN_PYTHON" -m "$MAPO_TASK" check \
+    --nodes "$(wc -w <<<"$TRAINER_NODES")" --trainers "$MAPO_TRAINERS_PER_NODE" --layout "$MAPO_LAYOUT" \
+    --start-timeout "$MAPO_START_TIMEOUT" -- "${MAPO_RUN[@]}" >"$out" &
+  MAPO_CHECK_PID=$!
+  while mapo_alive "$MAPO_CHECK_PID"; do
+    mapo_heed
+    mapo_in_time "$since" 1 "$node has not read the configuration"
+    mapo_nap
+  done
+  wait "$MAPO_CHECK_PID"
+  code=$?
+  read -r MAPO_TRAINERS_PER_NODE folder < <(tail -n 1 "$out")
+  rm "$out"
+  if [ "$code" -ne 0 ]; then
     mapo_heed
     exit "$code"
-  }
-  MAPO_LOGS=${out##*$'\n'}/logs/slurm-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  fi
+  MAPO_LOGS=$folder/logs/slurm-$MAPO_JOB.${SLURM_RESTART_COUNT:-0}
   mkdir -p "$MAPO_LOGS" || exit 2
   exec > >(mapo_tee job.log) 2>&1
   MAPO_TEE_PID=$!
@@ -124,7 +146,7 @@ mapo_check() {
 
 mapo_start_servers() {
   local skip=0
-  [ -z "${SLURM_HET_SIZE:-}" ] && [ "$MAPO_LAYOUT" = colocated ] && skip=$MAPO_TRAINERS_PER_NODE
+  [ "$MAPO_LAYOUT" = colocated ] && skip=$MAPO_TRAINERS_PER_NODE
   mapo_say "starting servers on $SERVER_NODES"
   MAPO_SERVERS_FROM=$(($(cat "$MAPO_LOGS/servers.log" 2>/dev/null | wc -c) + 1))
   # The servers of one node may end without the others'.
@@ -145,27 +167,44 @@ mapo_tee() {
 
 mapo_alive() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
 
-# Until every node's servers answer: `megatron-mapo serve` says so in a line of its own. Sets MAPO_URLS.
+# Server nodes whose `slurm_task serve` has not said that its servers answer. Lines begin with a task's number.
+mapo_missing() {
+  mapo_servers_said | awk -F ': *' -v nodes="$SERVER_NODES" '
+    $2 ~ /^servers of / { task[substr($2, 12)] = $1 }
+    /: *rollout\.urls=\[.*\]$/ { answers[$1] }
+    END {
+      count = split(nodes, node, " ")
+      for (i = 1; i <= count; i++) if (!(node[i] in task && task[node[i]] in answers)) print node[i]
+    }' | paste -sd ' '
+}
+
+# Until every node's servers answer. Sets MAPO_URLS.
 mapo_wait_for_servers() {
-  local nodes urls said=$SECONDS
-  nodes=$(wc -w <<<"$SERVER_NODES")
+  local missing since=$SECONDS said=$SECONDS
   while :; do
     mapo_heed
-    urls=$(mapo_servers_said | sed -n 's/^[0-9 ]*: *rollout\.urls=\[\(.*\)\]$/\1/p')
-    [ "$(grep -c . <<<"$urls")" -ge "$nodes" ] && break
+    missing=$(mapo_missing)
+    [ -n "$missing" ] || break
     # srun goes on while any node's servers do, and names a task that ended: `n3: task 1: Exited with exit code 5`.
     if ! mapo_alive "$MAPO_SERVERS_PID" || mapo_servers_said | grep -q '^srun: error: .*: tasks\? [0-9,-]*: '; then
       tail -n 30 "$MAPO_LOGS/servers.log"
       mapo_fail 5 "the servers did not come up; see above and $MAPO_LOGS"
     fi
+    mapo_in_time "$since" 5 "the servers of $missing did not answer"
     if [ $((SECONDS - said)) -ge 15 ]; then
       said=$SECONDS
-      mapo_say "waiting for servers: $(grep -c . <<<"$urls") of $nodes nodes answer"
+      mapo_say "waiting for servers, those of $missing"
     fi
     mapo_nap
   done
-  MAPO_URLS=$(paste -sd, <<<"$urls")
+  MAPO_URLS=$(mapo_servers_said | sed -n 's/^[0-9 ]*: *rollout\.urls=\[\(.*\)\]$/\1/p' | paste -sd,)
   mapo_say "servers answer: $MAPO_URLS"
+}
+
+# A node that hangs, in Slurm's prolog, with the container's image or on a file system, may be another one next time.
+mapo_in_time() { # SINCE EXIT_CODE TEXT
+  [ $((SECONDS - $1)) -lt "$MAPO_START_TIMEOUT" ] ||
+    mapo_give_up "$2" "$3 within MAPO_START_TIMEOUT=$MAPO_START_TIMEOUT s"
 }
 
 # A signal ends `wait` at once, and then its trap runs; a foreground sleep would delay it.
@@ -236,6 +275,7 @@ mapo_end() {
 
 mapo_cleanup() {
   trap '' USR1 TERM
+  mapo_end MAPO_CHECK_PID
   mapo_end MAPO_TRAINERS_PID
   mapo_end MAPO_SERVERS_PID
 }
@@ -251,26 +291,36 @@ mapo_leave() {
   done
 }
 
-# A job whose warning comes before it has begun would go round in circles: two such starts in a row are an error.
-mapo_check_progress() {
-  [ -n "${MAPO_LOGS:-}" ] && [ -z "$MAPO_BEGUN" ] && [ "$MAPO_ASKED" = USR1 ] || return 0
-  : >"$MAPO_LOGS/ended-before-training"
-  if [ -e "${MAPO_LOGS%.*}.$((${SLURM_RESTART_COUNT:-0} - 1))/ended-before-training" ]; then
-    mapo_fail 1 "twice in a row this job was asked to end before training began: --time must be longer than the lead of \
---signal plus the start of the servers"
+# The job goes back to the queue for a reason that its next start may meet as well. Two such starts in a row without a
+# new checkpoint are an error: it would go round in circles. Before the configuration was read, nothing tells what the
+# start before has done.
+mapo_check_progress() { # EXIT_CODE TEXT
+  local start=${SLURM_RESTART_COUNT:-0}
+  if [ -n "${MAPO_LOGS:-}" ]; then
+    cat "${MAPO_LOGS%/logs/*}/checkpoints/latest" >"$MAPO_LOGS/no-progress" 2>/dev/null
+    cmp -s "$MAPO_LOGS/no-progress" "${MAPO_LOGS%.*}.$((start - 1))/no-progress" || return 0
+  else
+    [ "$start" -gt 0 ] || return 0
   fi
+  mapo_fail "$1" "not for the first time, and without a new checkpoint in between: $2"
 }
 
-# The job was asked to end. It goes back to the queue unless Slurm is already ending it.
-mapo_give_up() {
+# The job goes back to the queue, unless Slurm is already ending it, because it was asked to end or for a reason of ours.
+mapo_give_up() { # [EXIT_CODE TEXT]
   local state told= refused=0
+  if [ $# -gt 0 ]; then
+    mapo_say "$2"
+  elif [ -z "$MAPO_BEGUN" ] && [ "$MAPO_ASKED" = USR1 ]; then
+    set -- 1 "this job was asked to end before training began; --time must be longer than the lead of --signal plus the \
+start of the servers"
+  fi
   mapo_cleanup
   while :; do
-    state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p;T;q')
+    state=$(scontrol show job "$MAPO_JOB" 2>/dev/null | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p;T;q')
     case $state in
       RUNNING)
-        mapo_check_progress
-        scontrol requeue "$SLURM_JOB_ID" && break
+        [ $# -eq 0 ] || mapo_check_progress "$@"
+        scontrol requeue "$MAPO_JOB" && break
         refused=$((refused + 1))
         [ "$refused" -lt 5 ] || mapo_fail "$MAPO_PREEMPTED" "Slurm does not requeue this job (JobRequeue of slurm.conf, \
 --no-requeue): submit it again, and it goes on from the last checkpoint"
@@ -289,10 +339,10 @@ mapo_give_up() {
 # Whether starting the trainers again may help: they crashed, lost a server or hung; the configuration was fine.
 mapo_may_retry() { [[ $1 =~ ^(1|5|6|12)$ ]] || [ "$1" -ge 128 ]; }
 
-# Whether all of these nodes still start processes: mapo_answers NODES SRUN_FLAG...
-mapo_answers() {
+# Whether all of these nodes still start processes, be the container's image there or not.
+mapo_answers() { # NODES SRUN_FLAG...
   local pid i
-  mapo_step "$1" 1 "${@:2}" -- true &
+  MAPO_CONTAINER='' mapo_step "$1" 1 "${@:2}" -- true &
   pid=$!
   for ((i = 0; i < 60; i++)); do
     if ! mapo_alive "$pid"; then
@@ -305,13 +355,15 @@ mapo_answers() {
   return 1
 }
 
-# After a crash. Slurm takes minutes to notice a dead node (SlurmdTimeout); until then new trainers would crash too.
+# After a crash, the last that MAPO_RESTARTS allows included. Slurm takes minutes to notice a dead node (SlurmdTimeout);
+# until then new trainers would crash too.
 mapo_await_nodes() {
   local i
   mapo_answers "$TRAINER_NODES" "${TRAINER_GROUP[@]}" && mapo_answers "$SERVER_NODES" "${SERVER_GROUP[@]}" && return
   mapo_say "a node does not answer; waiting for Slurm to requeue the job"
   for ((i = 0; i < 600 && !${#MAPO_ASKED}; i++)); do mapo_nap; done
-  mapo_give_up
+  mapo_heed
+  mapo_give_up "$MAPO_CODE" "the trainers ended with code $MAPO_CODE, and a node does not answer"
 }
 
 # The whole job.
@@ -323,7 +375,7 @@ mapo_run() { # section.key=value...
   trap 'mapo_on_signal TERM' TERM
   trap mapo_leave EXIT
   MAPO_RUN=(${MAPO_CONFIG:+--config "$MAPO_CONFIG"} "$@")
-  mapo_say "job $SLURM_JOB_ID: reading the configuration $(mapo_hidden "${MAPO_RUN[@]}")"
+  mapo_say "job $MAPO_JOB: reading the configuration $(mapo_hidden "${MAPO_RUN[@]}")"
   mapo_check
   mapo_say "start $((${SLURM_RESTART_COUNT:-0} + 1)): trainers on $TRAINER_NODES; servers on $SERVER_NODES"
   mapo_say "logs of this start: $MAPO_LOGS"
@@ -352,6 +404,6 @@ mapo_command() {
   MAPO_LAYOUT=colocated
   mapo_settings
   mapo_nodes
-  mapo_say "job $SLURM_JOB_ID on ${MAPO_NODES%% *}: megatron-mapo $*"
+  mapo_say "job $MAPO_JOB on ${MAPO_NODES%% *}: megatron-mapo $(mapo_hidden "$@")"
   mapo_step "${MAPO_NODES%% *}" 1 -- "$MAPO_TRAIN_PYTHON" -m megatron_mapo "$@"
 }

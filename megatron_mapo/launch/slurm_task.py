@@ -20,11 +20,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_mapo.errors import ConfigError, MapoError
 from megatron_mapo.launch.environment import network_environment
 from megatron_mapo.ports import free_port
 from megatron_mapo.preemption import SIGNALS
+
+if TYPE_CHECKING:  # signals are blocked soon after the start: the import of what only some roles need is theirs
+    from megatron_mapo.config import Config
 
 RENDEZVOUS_SECONDS = 300.0
 """How long ranks wait for rank 0's address. Network file systems may show a new file only after a minute."""
@@ -75,6 +79,52 @@ def _interface_address(interface: str) -> str:
         if entry.family == socket.AF_INET:
             return entry.address
     raise ConfigError(f"MAPO_INTERFACE={interface} has no IPv4 address here; there are: {', '.join(interfaces)}")
+
+
+def fit_node(config: Config, gpus: int, layout: str, trainers: int = 0) -> int:
+    """Trainer ranks of a node: as many as asked for, or one a GPU that the servers on it leave.
+
+    Args:
+        config: the run.
+        gpus: of a node; 0: it has none, or they are not known, and everything fits.
+        layout: ``disaggregated``, ``colocated``, or ``hetjob``: the servers' nodes are of another kind.
+        trainers: how many are asked for; 0: any number.
+
+    Raises:
+        ConfigError: trainers and servers do not fit; names the key to change.
+    """
+    if not gpus:
+        return trainers or 1
+    if trainers > gpus:
+        raise ConfigError(
+            f"MAPO_TRAINERS_PER_NODE={trainers} (launch slurm: --trainers-per-node), but a node has {gpus} GPUs: "
+            "change it or --gpus-per-node"
+        )
+    shared = layout == "colocated"
+    if layout != "hetjob":
+        check_servers(config, gpus - max(trainers, 1) if shared else gpus, gpus)
+    server = config.rollout.server
+    return trainers or (gpus - server.count * server.tensor if shared else gpus)
+
+
+def check_servers(config: Config, room: int, gpus: int) -> None:
+    """Refuse servers that do not fit into ``room`` of the ``gpus`` of a node.
+
+    Raises:
+        ConfigError: names the key to change.
+    """
+    server = config.rollout.server
+    if server.tensor > gpus:
+        raise ConfigError(
+            f"rollout.server.tensor={server.tensor}: a server does not reach beyond its node, which has {gpus} GPUs"
+        )
+    taken = server.count * server.tensor
+    if taken > room:
+        raise ConfigError(
+            f"rollout.server.count * rollout.server.tensor = {taken} GPUs do not fit into the {room} of {gpus} that "
+            "a node has for servers: change these keys, --gpus-per-node, or MAPO_TRAINERS_PER_NODE (launch slurm: "
+            "--trainers-per-node, --server-nodes)"
+        )
 
 
 def gpus_left(visible: str, trainers: int) -> str:
@@ -138,23 +188,36 @@ def rank_environment(environment: Mapping[str, str], per_node: int, host: str, p
 
 
 def check(arguments: argparse.Namespace, rest: list[str]) -> None:
-    """Read the configuration before anything is started; print the run folder."""
+    """Read the configuration before anything is started; print the trainer ranks of a node and the run folder."""
     from megatron_mapo.config import data_parallel_size, load_config
+    from megatron_mapo.hardware import visible_gpus
     from megatron_mapo.launch.arguments import parse_run
     from megatron_mapo.launch.local import make_log_folder
 
     config = load_config(*parse_run("slurm_task check", rest))
-    data_parallel_size(config, arguments.ranks)
-    print(make_log_folder(config).parent.absolute())  # the last line is what slurm_job.sh reads
+    trainers = fit_node(config, len(visible_gpus()), arguments.layout, arguments.trainers)
+    data_parallel_size(config, arguments.nodes * trainers)
+    startup = config.rollout.server.startup_timeout
+    if arguments.start_timeout <= startup:
+        raise ConfigError(
+            f"MAPO_START_TIMEOUT={arguments.start_timeout:g} must be longer than "
+            f"rollout.server.startup_timeout={startup:g}"
+        )
+    print(trainers, make_log_folder(config).parent.absolute())  # the last line is what slurm_job.sh reads
 
 
 def serve(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Become ``megatron-mapo serve`` on this node's address, at free ports."""
+    from megatron_mapo.config import load_config
+    from megatron_mapo.hardware import visible_gpus
+    from megatron_mapo.launch.arguments import parse_run
+
+    print(f"servers of {os.environ['SLURMD_NODENAME']}", flush=True)  # which task is which node's: for slurm_job.sh
     address = _this_node()
     os.environ |= network_environment(os.environ, address)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible and arguments.trainers:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus_left(visible, arguments.trainers)
+    if gpus := visible_gpus():
+        check_servers(load_config(*parse_run("slurm_task serve", rest)), len(gpus) - arguments.trainers, len(gpus))
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus_left(",".join(gpus), arguments.trainers)
     where = [f"rollout.server.host={address}", "rollout.server.port=0"]
     logs = arguments.logs / f"servers-{os.environ['SLURMD_NODENAME']}"
     _become("megatron_mapo", "serve", "--log-dir", str(logs), *rest, *where)
@@ -186,7 +249,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="slurm_task")
     roles = parser.add_subparsers(required=True)
     role = roles.add_parser("check")
-    role.add_argument("--ranks", type=int, required=True)
+    role.add_argument("--nodes", type=int, required=True, help="with trainers")
+    role.add_argument("--trainers", type=int, required=True, help="ranks of a node; 0: one a GPU that servers leave")
+    role.add_argument("--layout", choices=["disaggregated", "colocated", "hetjob"], required=True)
+    role.add_argument("--start-timeout", type=float, required=True, help="seconds that the job waits for its servers")
     role.set_defaults(run=check)
     role = roles.add_parser("serve")
     role.add_argument("--logs", type=Path, required=True, help="folder of the job's logs")

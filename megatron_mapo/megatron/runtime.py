@@ -95,6 +95,11 @@ class Runtime:
         dist.destroy_process_group()
 
 
+def _own_gpu(local_rank: int) -> torch.device:
+    """Of this node's; a launcher may bind one to each rank, which then sees no other."""
+    return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
+
+
 def initialize(config: Config) -> Runtime:
     """Join the process group of torchrun (or be alone), and build megatron's groups.
 
@@ -108,7 +113,7 @@ def initialize(config: Config) -> Runtime:
     parallel = config.actor.parallel
     data_parallel_size(config, world_size)
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = _own_gpu(local_rank)
         torch.cuda.set_device(device)
         backend = "nccl"
     else:

@@ -16,8 +16,9 @@ MAPO_REPO=${MAPO_REPO:-}                                    # the checkout; empt
 MAPO_CONFIG=${MAPO_CONFIG:-configs/gsm8k_mapo.yaml}         # relative to the checkout
 MAPO_LAYOUT=${MAPO_LAYOUT:-disaggregated}                   # or colocated: all nodes train and serve
 MAPO_SERVER_NODES=${MAPO_SERVER_NODES:-1}                   # of --nodes; each runs rollout.server.count servers
-MAPO_TRAINERS_PER_NODE=${MAPO_TRAINERS_PER_NODE:-8}         # colocated: the servers get the GPUs that are left
+MAPO_TRAINERS_PER_NODE=${MAPO_TRAINERS_PER_NODE:-}          # empty: one a GPU; colocated: that the servers leave
 MAPO_RESTARTS=${MAPO_RESTARTS:-2}                           # of crashed trainers, without leaving the queue
+MAPO_START_TIMEOUT=${MAPO_START_TIMEOUT:-1800}              # seconds until the servers of all nodes must answer
 MAPO_CONTAINER=${MAPO_CONTAINER:-}                          # pyxis:IMAGE or apptainer:IMAGE
 
 # Slurm runs a copy of this file from a folder of its own; the job's record knows where it came from.

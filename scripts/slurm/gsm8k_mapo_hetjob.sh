@@ -2,6 +2,7 @@
 # MAPO on GSM8K as a heterogeneous job: `sbatch scripts/slurm/gsm8k_mapo_hetjob.sh [section.key=value ...]`. Component 0
 # trains, component 1 serves; they may be in different partitions, with different GPUs. See gsm8k_mapo.sh.
 #SBATCH --job-name=gsm8k_mapo_hetjob
+##SBATCH --partition=train        # the trainers'; remove one #, or sbatch --partition=train : --partition=serve ...
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=1
@@ -12,6 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH hetjob
+##SBATCH --partition=serve        # the servers'
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=4
 #SBATCH --ntasks-per-node=1
@@ -19,7 +21,7 @@
 
 MAPO_REPO=${MAPO_REPO:-}
 MAPO_CONFIG=${MAPO_CONFIG:-configs/gsm8k_mapo.yaml}
-MAPO_TRAINERS_PER_NODE=${MAPO_TRAINERS_PER_NODE:-8}
+MAPO_TRAINERS_PER_NODE=${MAPO_TRAINERS_PER_NODE:-}
 MAPO_RESTARTS=${MAPO_RESTARTS:-2}
 MAPO_CONTAINER=${MAPO_CONTAINER:-}
 

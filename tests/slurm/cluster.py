@@ -106,7 +106,8 @@ def words(process: Path, name: str = "cmdline") -> list[str]:
 class Cluster:
     """A running cluster with nodes ``n1``, ``n2``, ...; a context manager.
 
-    Jobs of the partition ``urgent`` drive those of ``main``, the default, from their nodes.
+    Jobs of the partition ``urgent`` drive those of ``main``, the default, from their nodes. ``serve`` has but the last
+    two nodes.
 
     Args:
         folder: for configuration, state and logs. Unix sockets live in it: its path must be short.
@@ -141,6 +142,7 @@ class Cluster:
         partitions = (
             f"PartitionName=main Default=YES PriorityTier=1 GraceTime=60 {limits}\n"
             f"PartitionName=urgent PriorityTier=2 {limits}\n"
+            f"PartitionName=serve PriorityTier=1 {limits.replace('ALL', ','.join(self.nodes[-2:]))}\n"
         )
         (self.folder / "hosts").write_text(hosts)
         (self.folder / "slurm.conf").write_text(settings + lines + partitions)

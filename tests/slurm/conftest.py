@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,22 @@ def hangs_once(groups, config):
         time.sleep(1)
     return ESTIMATORS["mix"](groups, config)
 '''
+
+
+STAND_IN = """#!/bin/bash
+case "$*" in
+  *" check "*) exec {python} "$@" ;;
+  *" serve "*)
+    echo "servers of $SLURMD_NODENAME"
+    echo "rollout.urls=[http://$SLURMD_NODENAME:1]"
+    exec sleep 600 ;;
+esac
+echo "rank $SLURM_PROCID of $SLURM_NTASKS sees ${{CUDA_VISIBLE_DEVICES-all}}"
+[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] && [ -n "$WAITS" ] || exit 0
+trap 'exit 75' USR1
+touch "$WAITS-${{SLURM_ARRAY_TASK_ID:-}}"
+until [ -e "$WAITS-end" ]; do sleep 0.1; done
+"""
 
 
 @pytest.fixture(scope="session")
@@ -91,3 +108,15 @@ tracking: {{plots: false, tensorboard: false}}
 """
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in(workspace: Path) -> str:
+    """An interpreter that reads configurations, and has no trainers and no servers.
+
+    The ranks of a job's first start wait for a signal, or for the file WAITS-end, if there is a variable WAITS.
+    """
+    path = workspace / "stand-in"
+    path.write_text(STAND_IN.format(python=sys.executable))
+    path.chmod(0o755)
+    return str(path)

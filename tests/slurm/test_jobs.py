@@ -198,12 +198,15 @@ def test_a_heterogeneous_job_starts_a_dead_server_again(idle: Cluster, workspace
     """Without servers the trainers save first; then the job is asked to end, and comes back."""
     run, slow = workspace / "runs/het", f"reward.name={workspace / 'verifier.py'}:slowly_even"
     settings = ("run.name=het", "trainer.steps=20", "trainer.save_interval=0", "rollout.wait_timeout=5", slow)
-    number = submit(idle, workspace, "gsm8k_mapo_hetjob.sh", *settings, "--time=20", "--signal=B:USR1@60")
+    partitions = ["--partition=main", "--time=20", "--signal=B:USR1@60", ":", "--partition=serve"]
+    own = {"MAPO_CONFIG": str(workspace / "config.yaml"), "MAPO_TRAINERS_PER_NODE": "1"}
+    number = submit_command(idle, workspace, "gsm8k_mapo_hetjob.sh", *settings, sbatch=partitions, **own)
     wait_steps(idle, number, run, 3)
-    kill_servers(idle, "n2")
+    assert re.findall(r"Partition=(\w+)", idle.client("scontrol", "show", "job", number)) == ["main", "serve"]
+    kill_servers(idle, "n3")
     wait_for(lambda: "resuming from" in output(idle, number), "the trainers are started again")
     said = output(idle, number)
-    assert "start 1: trainers on n1; servers on n2" in said
+    assert "start 1: trainers on n1; servers on n3" in said
     assert "the servers ended; waiting for the trainers to save and end" in said
     assert said.count("servers answer") == 2
     (saved,) = re.findall(r"saved a checkpoint of step (\d+)", said)
@@ -252,18 +255,64 @@ def test_an_array_of_seeds_and_algorithms(idle: Cluster, workspace: Path) -> Non
     assert list(json.loads((report / "summary.json").read_text())["runs"]) == ["native"]
 
 
+def test_of_an_array_only_the_task_that_is_signalled_comes_back(idle: Cluster, workspace: Path, stand_in: str) -> None:
+    """The last task has the number of the whole array. None trains here."""
+    config, waits = str(workspace / "config.yaml"), workspace / "array"
+    settings = {"MAPO_CONFIGS": config, "MAPO_SEEDS": "0 1", "MAPO_TRAIN_PYTHON": stand_in, "WAITS": str(waits)}
+    number = submit(idle, workspace, "compare_array.sh", "--array=0-1", "--time=20", **settings)
+    wait_for(lambda: all(Path(f"{waits}-{task}").exists() for task in "01"), "both tasks train")
+    assert idle.job(f"{number}_1")["JobId"] == number
+    os.kill(job_script(idle, idle.job(f"{number}_1")["NodeList"]), signal.SIGUSR1)
+    wait_restarts(idle, f"{number}_1", 1)
+    completed(idle, f"{number}_1")
+    assert idle.state(f"{number}_0") == "RUNNING"
+    Path(f"{waits}-end").touch()
+    completed(idle, f"{number}_0")
+    assert [idle.job(f"{number}_{task}")["Restarts"] for task in "01"] == ["0", "1"]
+
+
+def test_ranks_see_all_gpus_of_their_node(idle: Cluster, workspace: Path, stand_in: str) -> None:
+    """Also where Slurm is asked to give each task one of its own. One server takes one; none trains here.
+
+    A job with `--exclusive` and `--gpus-per-task` has all of a node's.
+    """
+    copy = workspace / "gpus_per_task.sh"
+    lines = (SCRIPTS / "gsm8k_mapo.sh").read_text().replace("--gpus-per-node=8", "--gpus-per-task=1")
+    copy.write_text(lines.replace("--ntasks-per-node=1", "--ntasks-per-node=2"))
+    one, settings = "--nodes=1", {"MAPO_TRAINERS_PER_NODE": "", "MAPO_TRAIN_PYTHON": stand_in}
+    together = {**settings, "MAPO_LAYOUT": "colocated", "MAPO_REPO": str(SCRIPTS.parents[1])}
+    bound = ("--nodes=2", "--gpus-per-node=2", "--gpu-bind=single:1")
+    jobs = [
+        (submit(idle, workspace, "gsm8k_mapo.sh", "run.name=colocated", one, **together), 7, "0,1,2,3,4,5,6,7"),
+        (submit(idle, workspace, "gsm8k_mapo.sh", "run.name=bound", *bound, **settings), 2, "0,1"),
+        (submit(idle, workspace, str(copy), "run.name=per-task", one, **together), 7, "0,1,2,3,4,5,6,7"),
+    ]
+    for number, ranks, gpus in jobs:
+        found = re.findall(r"rank \d of \d sees .*", completed(idle, number))
+        assert sorted(found) == [f"rank {rank} of {ranks} sees {gpus}" for rank in range(ranks)]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the run twice, and a job that converts
 def test_launch_slurm_trains_and_serves_on_one_node(idle: Cluster, workspace: Path) -> None:
-    """Submitted by the command line; then the checkpoint becomes a Hugging Face folder in a job of its own."""
-    command = [sys.executable, "-m", "megatron_mapo", "launch", "slurm", "--config", str(workspace / "config.yaml")]
+    """Submitted by the command line: the numbers of `launch local`. The checkpoint becomes a Hugging Face folder.
+
+    sbatch would take a part of the run folder's name for a pattern, and another for an option.
+    """
+    launch, config = [sys.executable, "-m", "megatron_mapo", "launch"], ["--config", str(workspace / "config.yaml")]
     options = ["--nodes=1", "--server-nodes=0", "--gpus-per-node=4", "--trainers-per-node=2", "--time=20", "--grace=60"]
-    overrides = ["run.name=launched", "trainer.steps=1"]
-    said = idle.client(*command, *options, *overrides, cwd=workspace, OMP_NUM_THREADS="1")
-    completed(idle, said.split()[1].rstrip(";"))
-    run = workspace / "runs/launched"
-    assert steps(run) == 1
+    folder, overrides = workspace / "my runs 100%j", ["run.name=launched", "trainer.steps=2"]
+    own = [*overrides, f"run.output_dir={folder}"]
+    said = idle.client(*launch, "slurm", *config, *options, *own, cwd=workspace, OMP_NUM_THREADS="1")
+    number, run = said.split()[1].rstrip(";"), folder / "launched"
+    assert idle.wait_job(number) == "COMPLETED", [path.read_text() for path in run.glob("logs/*.out")]
+    assert steps(run) == 2
+    assert (run / f"logs/slurm-{number}.out").read_text().rstrip().endswith("done")
     said = next(run.glob("logs/*/job.log")).read_text()
     assert "servers answer: http://127.0.0.1:" in said
+    local = [*launch, "local", *config, "--nproc=2", *overrides, "rollout.server.port=0"]
+    idle.client(*local, cwd=workspace, OMP_NUM_THREADS="1")
+    assert numbers(run) == numbers(workspace / "runs/launched")
     number = submit(idle, workspace, "convert_hf.sh", str(run), str(workspace / "converted"))
     completed(idle, number)
     assert (workspace / "converted/model.safetensors").is_file()
@@ -288,10 +337,17 @@ def test_an_evaluation_is_a_job(idle: Cluster, workspace: Path) -> None:
 
 
 def test_mistakes_end_the_job_before_servers_start(idle: Cluster, workspace: Path) -> None:
+    four_gpus = ("--nodes=2", "--gpus-per-node=4", "--time=20")
     numbers_and_texts = [
         (submit(idle, workspace, "gsm8k_mapo.sh", *THREE_NODES, "trainer.stps=1"), "did you mean"),
         (submit(idle, workspace, "gsm8k_mapo.sh", "--nodes=1"), "leaves none for trainers"),
         (submit(idle, workspace, "gsm8k_mapo.sh", *THREE_NODES, "actor.parallel.tensor=4"), "does not divide"),
+        (submit(idle, workspace, "gsm8k_mapo.sh", *four_gpus, MAPO_TRAINERS_PER_NODE="8"), "MAPO_TRAINERS_PER_NODE=8"),
+        (submit(idle, workspace, "gsm8k_mapo.sh", *four_gpus, "rollout.server.tensor=8"), "not reach beyond its node"),
+        (
+            submit(idle, workspace, "gsm8k_mapo.sh", *four_gpus, MAPO_START_TIMEOUT="60"),
+            "MAPO_START_TIMEOUT=60 must be",
+        ),
     ]
     for number, text in numbers_and_texts:
         assert idle.wait_job(number) == "FAILED"

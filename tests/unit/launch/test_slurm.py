@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -17,8 +18,9 @@ from tiny_models import make_tiny_model
 from megatron_mapo import cli
 from megatron_mapo.config import Config, load_config, to_yaml
 from megatron_mapo.errors import ConfigError
+from megatron_mapo.hardware import visible_gpus
 from megatron_mapo.launch import slurm, slurm_task
-from megatron_mapo.launch.environment import interface_of
+from megatron_mapo.launch.environment import interface_of, network_environment
 from megatron_mapo.launch.slurm import SlurmJob
 from megatron_mapo.preemption import SIGNALS
 
@@ -35,6 +37,45 @@ def test_no_address_is_an_error_that_names_the_setting() -> None:
         slurm_task.node_address("n1", ["n1", "no.such.host.invalid"])
     with pytest.raises(ConfigError, match=r"MAPO_INTERFACE=ib7 has no IPv4 address here; there are: .*lo"):
         slurm_task.node_address("n1", ["n1", "n2"], interface="ib7")
+
+
+def test_gloo_and_nccl_use_the_interface_of_the_address() -> None:
+    assert network_environment({}, "127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    own = network_environment({"NCCL_SOCKET_IFNAME": "ib0"}, "127.0.0.1")
+    assert own == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "ib0"}
+    assert network_environment({}, "192.0.2.1") == {}
+
+
+def test_the_gpus_of_a_node_are_those_that_slurm_names_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is the job's alone shows all of them and names none."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert visible_gpus() == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(("named", "left"), [(None, "1,2,3,4"), ("7,6,5,4,3", "6,5,4,3")])
+def test_servers_beside_trainers_see_the_other_gpus(
+    named: str | None, left: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    task = {"MAPO_NODES": "n1", "SLURMD_NODENAME": "n1"}
+    monkeypatch.setattr(os, "environ", task if named is None else task | {"CUDA_VISIBLE_DEVICES": named})
+    monkeypatch.setattr(slurm_task, "_become", lambda *command: None)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    run = ["--config", str(tmp_path / "run.yaml")]
+    arguments = argparse.Namespace(logs=tmp_path, trainers=1)
+    slurm_task.serve(arguments, run)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+    with pytest.raises(ConfigError, match="4 GPUs do not fit into the 3 of 4"):
+        slurm_task.serve(arguments, run)
 
 
 def test_servers_get_the_gpus_that_trainers_leave() -> None:
@@ -141,6 +182,43 @@ def test_a_job_that_cannot_hold_the_run_is_refused(job: SlurmJob, message: str, 
         job.check(config)
 
 
+def test_trainers_take_the_gpus_that_servers_leave(config: Config) -> None:
+    """Of four servers; as many as are asked for, if they fit."""
+    assert slurm_task.fit_node(config, 8, "disaggregated") == 8
+    assert slurm_task.fit_node(config, 8, "colocated") == 4
+    assert slurm_task.fit_node(config, 8, "colocated", 3) == 3
+    assert slurm_task.fit_node(config, 2, "hetjob") == 2
+    assert slurm_task.fit_node(config, 0, "colocated") == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layout", "trainers", "tensor", "message"),
+    [
+        (4, "disaggregated", 8, 1, "MAPO_TRAINERS_PER_NODE=8 .* a node has 4 GPUs"),
+        (4, "hetjob", 8, 1, "MAPO_TRAINERS_PER_NODE=8 .* a node has 4 GPUs"),
+        (4, "colocated", 0, 1, "4 GPUs do not fit into the 3 of 4 .*MAPO_TRAINERS_PER_NODE"),
+        (8, "colocated", 8, 1, "4 GPUs do not fit into the 0 of 8"),
+        (8, "disaggregated", 8, 4, "rollout.server.count .* = 16 GPUs do not fit into the 8 of 8"),
+        (8, "disaggregated", 8, 16, "rollout.server.tensor=16: a server does not reach beyond its node, which has 8"),
+    ],
+)
+def test_a_node_that_cannot_hold_its_part_is_refused(
+    gpus: int, layout: str, trainers: int, tensor: int, message: str, config: Config
+) -> None:
+    config.rollout.server.tensor = tensor
+    with pytest.raises(ConfigError, match=message):
+        slurm_task.fit_node(config, gpus, layout, trainers)
+
+
+def test_what_sbatch_would_take_for_syntax_is_quoted(config: Config, tmp_path: Path) -> None:
+    config.run.output_dir, config.run.name = str(tmp_path / '100%j of "it"'), "my run #1"
+    lines = slurm.render(SlurmJob(3, 1, 8, 8, sbatch=("--comment=it's mine", "-p gpu")), None, [], config).splitlines()
+    folder = f'{tmp_path}/100%%j of \\"it\\"/my run #1'
+    assert f'#SBATCH --output="{folder}/logs/slurm-%j.out"' in lines
+    assert '#SBATCH --job-name="my run #1"' in lines
+    assert {'#SBATCH --comment="it\'s mine"', "#SBATCH -p gpu"} <= set(lines)
+
+
 STEP_SCRIPT = """
 set -u
 MAPO_CONTAINER=$1 MAPO_MOUNTS=$2
@@ -214,6 +292,9 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(
     assert script.splitlines()[-1] == "mapo_run trainer.steps=2"
     assert not submitted.exists()
     assert not config.run_dir.exists()
+    secret = "reward.options={api_key: hunter2}"
+    assert cli.main([*command, "--dry-run", secret]) == 0
+    assert shlex.split(capfd.readouterr().out.splitlines()[-1])[-1] == "reward.options={api_key: ***}"
     assert cli.main([*command, "trainer.steps=2"]) == 0
     assert submitted.exists()
     assert (config.run_dir / "logs/slurm_job.sh").read_text() == script
