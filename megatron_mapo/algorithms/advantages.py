@@ -87,7 +87,7 @@ class Groups:
         """``operation(values, per_response(statistic))``, ``[N]``; groups of one size need no copy of the statistic."""
         if self.uniform is not None:
             return operation(values.view(-1, self.uniform), statistic.unsqueeze(1)).view(-1)
-        return operation(values, statistic.index_select(0, self.index))
+        return operation(values, self.per_response(statistic))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the groups, ``[K]``, of ``values`` ``[N]``."""
