@@ -8,14 +8,19 @@ anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_mapo import __version__
 from megatron_mapo.errors import CheckpointError, ConfigError, DataError, MapoError
+
+if TYPE_CHECKING:
+    from megatron_mapo.megatron.model_check import CheckResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,11 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("model", metavar="MODEL", help="Hugging Face folder, or a name on the hub")
     load.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     _dtype(load, "type of the weights (default: that of the model)")
+    _fallback(load)
 
     check = _command(commands, "check", "compare a Hugging Face model's log-probs with transformers", _check)
     check.add_argument("model", metavar="MODEL", help="Hugging Face folder, or a name on the hub")
     check.add_argument("--length", type=_length, default=256, metavar="N", help="tokens of the longest sequence (256)")
     check.add_argument("--bound", type=_size, default=1e-3, metavar="X", help="largest difference, in nat (0.001)")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    _fallback(check)
 
     inspect = _command(commands, "inspect", "show a run or one checkpoint, and check its files", _inspect)
     inspect.add_argument("path", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an imported model")
@@ -271,6 +279,11 @@ def _length(text: str) -> int:
     if value < 16:
         raise argparse.ArgumentTypeError(f"must be at least 16, got {text}")
     return value
+
+
+def _fallback(parser: argparse.ArgumentParser) -> None:
+    text = "who translates a family that docs/models.md does not list (default: none, it is refused)"
+    parser.add_argument("--fallback", choices=["none", "megatron_bridge"], default="none", help=text)
 
 
 def _dtype(parser: argparse.ArgumentParser, text: str) -> None:
@@ -437,11 +450,11 @@ def _import(arguments: argparse.Namespace) -> int:
     from megatron_mapo.quickstart import resolve_model_path
 
     model = resolve_model_path(arguments.model)
-    from megatron_mapo.config import Dtype
+    from megatron_mapo.config import Dtype, Fallback
     from megatron_mapo.megatron.imported import import_folder
 
     dtype = None if arguments.dtype is None else Dtype(arguments.dtype)
-    print(import_folder(model, arguments.out, dtype))
+    print(import_folder(model, arguments.out, dtype, Fallback(arguments.fallback)))
     return 0
 
 
@@ -449,9 +462,22 @@ def _check(arguments: argparse.Namespace) -> int:
     from megatron_mapo.quickstart import resolve_model_path
 
     model = resolve_model_path(arguments.model)
-    from megatron_mapo.check import check_model
+    from megatron_mapo.config import Fallback
+    from megatron_mapo.megatron.model_check import check_model
 
-    result = check_model(model, arguments.length)
+    result = check_model(model, arguments.length, Fallback(arguments.fallback))
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result) | {"largest": result.largest, "bound": arguments.bound}))
+    else:
+        _print_check(result)
+    if not result.largest <= arguments.bound:  # NaN is a failure too
+        raise DataError(
+            f"{arguments.model}: differs by {result.largest:.2e} nat, more than --bound {arguments.bound:g}"
+        )
+    return 0
+
+
+def _print_check(result: CheckResult) -> None:
     for difference in result.differences:
         print(
             f"{difference.tokens} tokens: |difference| to transformers at most {difference.largest:.2e}, "
@@ -459,11 +485,6 @@ def _check(arguments: argparse.Namespace) -> int:
         )
     if result.window is not None:
         print(f"the sliding window of {result.window} tokens is not exercised; --length {2 * result.window} does so")
-    if not result.largest <= arguments.bound:  # NaN is a failure too
-        raise DataError(
-            f"{arguments.model}: differs by {result.largest:.2e} nat, more than --bound {arguments.bound:g}"
-        )
-    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -42,6 +42,11 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Fallback(StrEnum):
+    none = "none"
+    megatron_bridge = "megatron_bridge"
+
+
 ADVANTAGE_MODES = (
     "native",
     "mix",
@@ -151,6 +156,9 @@ class ModelConfig:
     """Hugging Face model folder (config.json, *.safetensors, tokenizer), or `quickstart:smollm2` (see docs)."""
     dtype: Dtype = Dtype.bfloat16
     """Type of weights and activations (master weights are float32); `auto`: bfloat16 where the hardware has it."""
+    fallback: Fallback = Fallback.none
+    """Who translates a `model_type` that docs/models.md does not list: nobody (it is refused), or `megatron_bridge`
+    (it must be installed; the run starts only if the log-probs equal transformers')."""
 
 
 @dataclass

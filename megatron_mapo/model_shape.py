@@ -44,14 +44,21 @@ class ModelShape:
     active_experts: int = 0
 
     @classmethod
-    def read(cls, file: Path) -> ModelShape:
+    def read(cls, file: Path, *, any_family: bool = False) -> ModelShape:
         """Read ``config.json``.
+
+        Args:
+            file: where it is.
+            any_family: another architecture is taken as one of a Llama's parts, and not refused.
 
         Raises:
             DataError: it is missing, damaged, or of an architecture that is not supported.
         """
         try:
-            return cls.of(json.loads(file.read_text()))
+            hf = json.loads(file.read_text())
+            if hf["model_type"] not in ARCHITECTURES:
+                hf = _with_defaults(file, hf["model_type"], any_family)
+            return cls.of(hf)
         except OSError as error:
             raise DataError(f"model.path: cannot read {file}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -61,10 +68,6 @@ class ModelShape:
     def of(cls, hf: Mapping[str, Any]) -> ModelShape:
         """The sizes that the content of a ``config.json`` describes."""
         kind = hf["model_type"]
-        if kind not in ARCHITECTURES:
-            raise DataError(
-                f"model.path: architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-            )
         heads = hf["num_attention_heads"]
         return cls(
             kind=kind,
@@ -145,3 +148,15 @@ class ModelShape:
         """Those of them that belong to experts, whose optimizer states are sharded over other ranks."""
         of_experts = self.mlp_parameters(parallel) - self.hidden * self.experts if self.experts else 0
         return self.layers // parallel.pipeline * of_experts
+
+
+def _with_defaults(file: Path, kind: str, any_family: bool) -> Mapping[str, Any]:
+    """The ``config.json`` of a family that is not known here, with what it leaves out."""
+    if not any_family:
+        raise DataError(
+            f"model.path: architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)} "
+            "(docs/models.md says what model.fallback=megatron_bridge does)"
+        )
+    from transformers import AutoConfig  # seconds, which other models need not wait for
+
+    return AutoConfig.from_pretrained(file.parent, trust_remote_code=False).to_dict()

@@ -57,6 +57,7 @@ from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint import Checkpointer
 from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.lora import save_adapter
+from megatron_mapo.megatron.model_check import require_check
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.quickstart import resolve_model_path
@@ -195,7 +196,9 @@ class Trainer:
                 f"{self.run_dir} holds a checkpoint of step {saved[-1][0]} and run.resume=never: "
                 "choose another run.name, remove the folder, or set run.resume=auto"
             )
-        return resolve_model_path(self.config.model.path)
+        model = resolve_model_path(self.config.model.path)
+        require_check(model, self.config.model.fallback, self.run_dir / "model_check.json")
+        return model
 
     def _open_rollout(self) -> None:
         self.rollout = RolloutSession(self.config, self.model_path, self.runtime.device)

@@ -80,8 +80,8 @@ install_runtime() {
 }
 
 install_dev() {
-  say "installing test tools (requirements/dev.txt)"
-  pip install --no-deps -r requirements/dev.txt
+  say "installing test tools (requirements/dev.txt, requirements/megatron-bridge.txt)"
+  pip install --no-deps -r requirements/dev.txt -r requirements/megatron-bridge.txt
 }
 
 install_project() {
@@ -106,7 +106,7 @@ setup() {
   make_venv
   once runtime requirements/cpu.txt requirements/sglang-cpu.txt scripts/setup.sh -- install_runtime
   if [ "${1:-}" = --dev ]; then
-    once dev requirements/dev.txt -- install_dev
+    once dev requirements/dev.txt requirements/megatron-bridge.txt scripts/setup.sh -- install_dev
   fi
   once project pyproject.toml -- install_project
   exec 9>&-

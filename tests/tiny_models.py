@@ -12,12 +12,16 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -34,6 +38,8 @@ CHAT_TEMPLATE = (
 )
 ARCHITECTURES = ("llama", "llama_untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "mixtral")
 """What ``make_tiny_model`` builds; at least one of each family."""
+BRIDGED = ("gemma", "nemotron")
+"""It builds these, too: families that only ``model.fallback=megatron_bridge`` knows."""
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = (("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("a", "n"), ("i", "n"), ("e", "r"), ("i", "s"), ("Ġ", "is"))
 """A few merges, so that one token can be several bytes."""
@@ -93,6 +99,10 @@ def _build(arch: str, shape: dict, vocab: int) -> PreTrainedModel:
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, head_dim=16))
     if arch == "mixtral":
         return MixtralForCausalLM(MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2))
+    if arch == "gemma":
+        return GemmaForCausalLM(GemmaConfig(**common, head_dim=32))
+    if arch == "nemotron":
+        return NemotronForCausalLM(NemotronConfig(**common, head_dim=16))
     raise ValueError(f"unknown tiny architecture {arch!r}")
 
 
@@ -113,7 +123,8 @@ def make_tiny_model(
         path: folder to write.
         arch: ``llama`` (tied embeddings), ``llama_untied``, ``qwen2`` (tied, q/k/v biases), ``qwen3`` (tied,
             q/k norms), ``mistral`` (untied, a window of 24), ``gemma2`` or ``gemma3_text`` (tied, a window of 24
-            in the first of two layers), ``qwen3_moe`` or ``mixtral`` (4 experts, 2 of them a token).
+            in the first of two layers), ``qwen3_moe`` or ``mixtral`` (4 experts, 2 of them a token), ``gemma``
+            (tied, scaled embeddings), ``nemotron`` (untied, LayerNorm, an MLP without gate, half of a head rotates).
         dtype: type of the saved weights.
         vocab: vocabulary size, at least 267 (the tokenizer's).
         seed: of the weights. The global RNG is left as it was.

@@ -34,6 +34,7 @@ from megatron_mapo.config import (
     ActorConfig,
     Config,
     Dtype,
+    Fallback,
     ReferencePlacement,
     data_parallel_size,
 )
@@ -111,7 +112,7 @@ def make_plan(config: Config, processes: int, command: list[str]) -> Plan:
         CheckpointError: there is no checkpoint of ``run.resume_step``.
     """
     data_parallel = data_parallel_size(config, processes)
-    shape = ModelShape.read(find_model_config(config.model.path))
+    shape = ModelShape.read(find_model_config(config.model.path), any_family=config.model.fallback is not Fallback.none)
     shape.check_layout(config.actor.parallel)
     _check_data(config)
     chosen = choose_start(config.run_dir / "checkpoints", config.run.resume_step)

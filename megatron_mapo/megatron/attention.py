@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_mapo.data.packing import AttentionBlock, PackedBatch
 from megatron_mapo.megatron.families import DecoderConfig
-from megatron_mapo.megatron.layers import LocalRopeLayer, RMSNorm, RowParallelLinearNorm
+from megatron_mapo.megatron.layers import LayerNorm, LocalRopeLayer, RMSNorm, RowParallelLinearNorm
 
 
 @dataclass
@@ -180,14 +180,15 @@ def layer_spec(config: DecoderConfig, chunk: int = 0) -> TransformerBlockSubmodu
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    norm = LayerNorm if config.normalization == "LayerNorm" else RMSNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = norm
     if config.post_norms:
         attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = RowParallelLinearNorm
     if config.local_rope:
         layer.module = LocalRopeLayer
     layers = get_num_layers_to_build(config, vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

@@ -20,8 +20,9 @@ from megatron_mapo.errors import DataError
 Table = dict[str, tuple[str, list[str]]]
 """megatron name -> (how the parameter is cut over the tensor group, Hugging Face names).
 
-copy: whole on every rank; rows, columns: cut along dim 0, 1; gate_up: gate and up, each cut by rows, one
-after the other on a rank; qkv: per query group its query heads, its key head, its value head, cut by groups.
+copy: whole on every rank; slices, columns: cut along dim 0, 1; rows: those of the vocabulary, padded and cut; gate_up:
+gate and up, each cut by rows, one after the other on a rank; qkv: per query group its query heads, its key head, its
+value head, cut by groups.
 Names of a layer lack their prefix (``decoder.layers.N.``, ``model.layers.N.``).
 """
 
@@ -203,4 +204,8 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(hf: PretrainedConfig) -> Family:
     """The entry of a model that ``load_hf_config`` has let through."""
-    return FAMILIES[hf.model_type]
+    if hf.model_type in FAMILIES:
+        return FAMILIES[hf.model_type]
+    from megatron_mapo.megatron.bridged_families import bridged_family  # needs a package that others do without
+
+    return bridged_family(hf)

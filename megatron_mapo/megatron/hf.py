@@ -105,6 +105,8 @@ def _shapes(entry: Entry, hf: PretrainedConfig, parts: int) -> list[list[int]]:
         return [[hf.vocab_size, *rest]]
     if entry.kind == "columns":
         return [[rows, rest[0] * parts]]
+    if entry.kind == "slices":
+        return [[rows * parts, *rest]]
     if entry.kind == "gate_up":
         return [[rows * parts // 2, *rest]] * 2
     dim = head_dim(hf)

@@ -32,6 +32,21 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm in the same way; its sums are taken in float32."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.offset = float(config.layernorm_zero_centered_gamma)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        weight, bias = self.offset + self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
 class RowParallelLinearNorm(RowParallelLinear):
     """A projection back to the hidden size whose output is normalised before it is added to the residual."""
 

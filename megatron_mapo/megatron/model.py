@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_mapo.config import ActorConfig, Dtype
+from megatron_mapo.config import ActorConfig, Dtype, Fallback
 from megatron_mapo.data.packing import PackedBatch
 from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.attention import PackedParams, layer_spec
@@ -32,28 +32,33 @@ from megatron_mapo.megatron.logprobs import chunked_logprobs
 from megatron_mapo.model_shape import ModelShape
 
 
-def load_hf_config(path: str | Path) -> PretrainedConfig:
+def load_hf_config(path: str | Path, fallback: Fallback = Fallback.none) -> PretrainedConfig:
     """Read and check ``config.json`` of a Hugging Face folder.
 
+    Args:
+        path: the folder.
+        fallback: who translates a family that ``FAMILIES`` lacks.
+
     Raises:
+        ConfigError: the fallback is not installed.
         DataError: the file is missing, or describes a model that this project does not vouch for.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         raise DataError(f"model.path: {file} does not exist")
-    _known(json.loads(file.read_text()).get("model_type"))
+    _known(json.loads(file.read_text()).get("model_type"), fallback)
     hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    _known(hf.model_type)  # transformers reads some configurations as those of another architecture
+    _known(hf.model_type, fallback)  # transformers reads some configurations as those of another architecture
     family_of(hf).check(hf)
     rotary(hf)
     return hf
 
 
-def _known(model_type: str | None) -> None:
-    if model_type not in FAMILIES:
+def _known(model_type: str | None, fallback: Fallback) -> None:
+    if model_type not in FAMILIES and (model_type is None or fallback is Fallback.none):
         raise DataError(
             f"model.path: architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)} "
-            "(docs/models.md says how to add one)"
+            "(docs/models.md says how to add one, and what model.fallback=megatron_bridge does)"
         )
 
 
@@ -66,11 +71,12 @@ def rotary(hf: PretrainedConfig) -> tuple[Tensor, float]:
     """The rotary embedding of config.json.
 
     Returns:
-        inverse frequencies, float32 ``[kinds, head_dim / 2]``: those of all layers, or (two kinds) of global
-        and of windowed ones; and the factor on queries and keys (yarn).
+        inverse frequencies, float32 ``[kinds, rotated / 2]`` (rotated: head_dim, or the part of it that turns): those
+        of all layers, or (two kinds) of global and of windowed ones; and the factor on queries and keys (yarn).
 
     Raises:
-        DataError: a scaling that depends on the length at hand, or a part of the head without rotation.
+        DataError: a scaling that depends on the length at hand, or a part of the head without rotation where the
+            family has none.
     """
     rope = hf.rope_parameters
     if "rope_type" in rope:
@@ -83,10 +89,11 @@ def rotary(hf: PretrainedConfig) -> tuple[Tensor, float]:
 
 def _rotary(hf: PretrainedConfig, rope: dict[str, Any], layer_type: str | None) -> tuple[Tensor, float]:
     kind = rope.get("rope_type", "default")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part != 1.0 and hf.model_type in FAMILIES:  # in these, transformers does not follow it
         raise DataError("model.path: config.json has a partial_rotary_factor; only 1.0 is supported")
     if kind == "default":
-        dim = head_dim(hf)
+        dim = int(head_dim(hf) * part)
         return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim)[None], 1.0
     if kind in ("linear", "llama3", "yarn"):
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -120,7 +127,7 @@ def transformer_config(hf: PretrainedConfig, actor: ActorConfig, dtype: Dtype, o
         "num_query_groups": hf.num_key_value_heads,
         "ffn_hidden_size": hf.intermediate_size,
         "kv_channels": head_dim(hf),
-        "layernorm_epsilon": hf.rms_norm_eps,
+        "layernorm_epsilon": getattr(hf, "rms_norm_eps", None),
         "normalization": "RMSNorm",
         "add_bias_linear": False,
         "activation_func": F.silu,

@@ -75,7 +75,7 @@ def _sum_over_context(totals: Tensor) -> None:
 
 def empty_model(config: Config, path: str | Path, device: torch.device) -> tuple[list[PolicyModel], PretrainedConfig]:
     """As ``build_model``, but the weights are still to be read, and there are no adapters."""
-    hf = load_hf_config(path)
+    hf = load_hf_config(path, config.model.fallback)
     model_config = transformer_config(hf, config.actor, config.model.dtype, device.type == "cpu")
     chunks = [
         PolicyModel(

@@ -10,15 +10,17 @@ from frozen_batch import frozen_batch
 from harness import Launcher
 from reference import transformers_scores
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, make_tiny_model
+from tiny_models import ARCHITECTURES, BRIDGED, make_tiny_model
 from torch import Tensor
 
 TP, PP, CP = "actor.parallel.tensor=2", "actor.parallel.pipeline=2", "actor.parallel.context=2"
+FALLBACK = "model.fallback=megatron_bridge"
+ALL = ARCHITECTURES + BRIDGED
 EXPERTS = ("qwen3_moe", "mixtral")
 LAYOUTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "tp2": ([TP, "actor.parallel.sequence=true"], ARCHITECTURES),
-    "pp2": ([PP], ARCHITECTURES),
-    "cp2": ([CP], ARCHITECTURES),
+    "tp2": ([FALLBACK, TP, "actor.parallel.sequence=true"], ALL),
+    "pp2": ([FALLBACK, PP], ALL),
+    "cp2": ([FALLBACK, CP], ALL),
     "ep2": (["actor.parallel.expert=2"], EXPERTS),
 }
 """Options, and the architectures that they are tried with."""
@@ -33,7 +35,7 @@ def folder(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("families")
     frozen_batch().save(path / "batch.safetensors")
     (path / "out").mkdir()
-    for arch in ARCHITECTURES:
+    for arch in ALL:
         make_tiny_model(path / "float32" / arch, arch, torch.float32, VOCAB)
         make_tiny_model(path / "bfloat16" / arch, arch, torch.bfloat16, VOCAB)
     launcher.run(2, "score_and_export", {"layouts": LAYOUTS, "folder": str(path)}, timeout=300)
@@ -43,7 +45,7 @@ def folder(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Log-probs and entropies of transformers."""
-    return {arch: transformers_scores(folder / "float32" / arch, frozen_batch()) for arch in ARCHITECTURES}
+    return {arch: transformers_scores(folder / "float32" / arch, frozen_batch()) for arch in ALL}
 
 
 @pytest.mark.parametrize(("layout", "arch"), CASES)

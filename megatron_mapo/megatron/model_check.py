@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_mapo.config import Config, Dtype
+from megatron_mapo import __version__
+from megatron_mapo.config import Config, Dtype, Fallback
 from megatron_mapo.data.packing import PackingSpec, pack
 from megatron_mapo.data.sequences import SequenceBatch
+from megatron_mapo.errors import DataError
 from megatron_mapo.megatron import runtime
-from megatron_mapo.megatron.model import forward_microbatch
+from megatron_mapo.megatron.families import FAMILIES
+from megatron_mapo.megatron.hf_folder import weights_fingerprint
+from megatron_mapo.megatron.model import forward_microbatch, load_hf_config
 from megatron_mapo.megatron.policy import build_model
+
+LENGTH, BOUND = 256, 1e-3
+"""Tokens of the longest sequence, and the largest difference in nat, unless a user says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +62,68 @@ class CheckResult:
         return max(difference.largest for difference in self.differences)
 
 
+def require_check(path: Path, fallback: Fallback, record: Path | None = None) -> None:
+    """Let a model pass that is in ``FAMILIES``, or whose log-probs here have been compared with transformers'.
+
+    The comparison runs in a process of its own, which leaves nothing behind in memory and stands outside the
+    process groups of a run.
+
+    Args:
+        path: Hugging Face folder.
+        fallback: who translates a family that ``FAMILIES`` lacks.
+        record: file that keeps the result, so that it is not computed again for the same model and version.
+
+    Raises:
+        DataError: the two differ by more than ``BOUND``, or the comparison failed.
+    """
+    hf = load_hf_config(path, fallback)
+    if hf.model_type in FAMILIES:
+        return
+    described = hf.to_json_string(use_diff=False) + weights_fingerprint(path) + __version__
+    identity = xxhash.xxh3_128(described.encode()).hexdigest()
+    known = json.loads(record.read_text()) if record is not None and record.is_file() else {}
+    if known.get("identity") != identity:
+        known = {"identity": identity, **_check_apart(path, hf.model_type, fallback)}
+        if record is not None:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(known, indent=2) + "\n")
+    print(
+        f"{path}: {hf.model_type} is translated by {fallback.value}; its log-probs in float32 differ from "
+        f"transformers' by at most {known['largest']:.1e} nat",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _check_apart(path: Path, model_type: str, fallback: Fallback) -> dict[str, float]:
+    """The largest difference, from a process of its own."""
+    command = [sys.executable, "-m", "megatron_mapo", "check", str(path), "--fallback", fallback.value, "--json"]
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in ranks and not k.startswith("TORCHELASTIC_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise DataError(
+            f"model.path: {path} ({model_type}, translated by {fallback.value}) does not compute what transformers "
+            f"computes: {said[-1]}. `megatron-mapo check {path} --fallback {fallback.value}` shows more"
+        )
+    return {"largest": json.loads(done.stdout.strip().splitlines()[-1])["largest"]}
+
+
 @torch.no_grad()
-def check_model(path: Path, length: int) -> CheckResult:
+def check_model(path: Path, length: int = LENGTH, fallback: Fallback = Fallback.none) -> CheckResult:
     """Score random token sequences in float32, on one process: here, packed, and with transformers, one by one.
 
     Args:
         path: Hugging Face folder.
         length: tokens of the longest sequence, at least 16; others have 1/2, 1/4 and 1/8 of it.
+        fallback: who translates a family that ``FAMILIES`` lacks.
 
     Raises:
         DataError: the model is not supported, or its files are not as its config says.
     """
     config = Config()
-    config.model.dtype = Dtype.float32
+    config.model.dtype, config.model.fallback = Dtype.float32, fallback
     config.rollout.temperature = 1.0
     trainers = runtime.initialize(config)
     try:
