@@ -148,7 +148,10 @@ class Expected:
         parent, module, kind = _split(name)
         if module == "lm_head" and self.shape.tied:
             return
-        tensor = tensor.detach().to(self.layout.dtype)
+        tensor = tensor.detach()
+        if self.shape.kind == "gemma" and module.endswith("norm"):
+            tensor = tensor + 1.0  # what its servers keep
+        tensor = tensor.to(self.layout.dtype)
         if of_expert := _EXPERT.fullmatch(name):
             stacked, place = _OF_EXPERT[of_expert["module"]]
             each = 2 if stacked == "w13_weight" else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -63,3 +64,34 @@ def test_a_run_with_experts_on_two_ranks(workspace: Path, tmp_path: Path) -> Non
     before, after = (load_file(f / "model.safetensors") for f in (model, workspace / "runs/experts/export"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[n], after[n]) for n in before if ".experts." in n)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_family_that_only_megatron_bridge_knows(workspace: Path, tmp_path: Path) -> None:
+    """Compared with transformers before the first step, then as any other: servers, weights, export, a resumed run."""
+    model = make_tiny_model(tmp_path / "model", "gemma")
+    config = ServerConfig(port=0, threads=1, max_total_tokens=8192, startup_timeout=240.0)
+    with ServerGroup(config, ModelConfig(str(model), Dtype.float32), tmp_path / "logs", API_KEY) as group:
+        options = [f"rollout.urls=[{group.urls[0]}]", f"model.path={model}", "run.name=bridged"]
+        options += ["trainer.evaluation.at_start=false", "trainer.export=true"]
+        refused = run(command(workspace, *options))
+        assert refused.returncode != 0
+        assert "architecture 'gemma' is not supported" in refused.stderr
+        options.append("model.fallback=megatron_bridge")
+        for processes, steps in ((1, 2), (2, 3)):
+            parallel = f"actor.parallel.tensor={processes}"
+            done = run(command(workspace, *options, parallel, f"trainer.steps={steps}", processes=processes))
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "gemma is translated by megatron_bridge" in done.stdout + done.stderr
+    folder = workspace / "runs/bridged"
+    assert json.loads((folder / "model_check.json").read_text())["largest"] < 1e-5
+    table = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in table] == [1, 2, 3]
+    assert all(0 < row["mismatch/abs_max"] < 1e-3 for row in table)
+    before, after = (load_file(f / "model.safetensors") for f in (model, folder / "export"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    done = run([sys.executable, "-m", "megatron_mapo", "export", str(folder), str(tmp_path / "again")])
+    assert done.returncode == 0, done.stderr
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in after.items())
