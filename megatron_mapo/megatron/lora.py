@@ -178,6 +178,8 @@ def add_adapters(chunks: list[PolicyModel], lora: LoraConfig, seed: int) -> None
             )
         for layer in chunk.decoder.layers:
             for path, fused in _FUSED.items():
+                if path == "mlp.linear_fc1" and not chunk.config.gated_linear_unit:
+                    fused = ("up_proj",)
                 if any(name in lora.targets for name in fused):
                     _adapt(layer.get_submodule(path), fused, lora, f"{seed}.{layer.layer_number}")
 

@@ -13,7 +13,7 @@ from tiny_models import make_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_mapo.config import LORA_TARGETS, Config, LoraConfig
+from megatron_mapo.config import LORA_TARGETS, Config, Fallback, LoraConfig
 from megatron_mapo.errors import ConfigError
 from megatron_mapo.megatron.lora import adapted_layers, save_adapter
 from megatron_mapo.megatron.policy import Policy
@@ -25,6 +25,8 @@ CASES = {
     "norms after the projections": ("gemma2", list(LORA_TARGETS)),
     "queries and values": ("llama_untied", ["q_proj", "v_proj"]),
     "one half of the gate": ("qwen3", ["up_proj", "down_proj"]),
+    "embeddings that are scaled": ("gemma", list(LORA_TARGETS)),
+    "an MLP without a gate": ("nemotron", list(LORA_TARGETS)),
     "attention beside experts": ("qwen3_moe", ["q_proj", "k_proj", "v_proj", "o_proj"]),
 }
 
@@ -51,6 +53,7 @@ def test_scores_and_merged_weights_equal_those_of_peft(
 ) -> None:
     arch, targets = CASES[case]
     path, batch = make_tiny_model(tmp_path / "model", arch), ragged_batch()
+    config.model.fallback = Fallback.megatron_bridge  # for the families that need it
     policy = adapted_policy(config, runtime, path, targets)
     out = save_adapter(policy.named_adapters(), config.actor.lora, str(path), path, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
