@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mapo.config import Config, Dtype
+from megatron_mapo.config import Config, Dtype, Fallback
 from megatron_mapo.doctor.finding import Finding, failure, gib, ok, warning
 from megatron_mapo.doctor.machine import available_memory
 from megatron_mapo.doctor.storage import existing
@@ -17,6 +17,7 @@ from megatron_mapo.errors import MapoError
 from megatron_mapo.hardware import has_accelerator, native_dtype
 from megatron_mapo.launch.local import default_processes
 from megatron_mapo.launch.plan import Plan, checkpoint_bytes, find_model_config, make_plan
+from megatron_mapo.patches import megatron_bridge
 from megatron_mapo.quickstart import resolve_model_path
 from megatron_mapo.rollout.served import check_served
 
@@ -103,7 +104,18 @@ def _model_and_data(config: Config) -> Iterator[Finding]:
         yield failure("model.path", str(error), fix)
         return
     yield ok("model.path", f"{folder}: {hf.get('model_type')}")
+    if config.model.fallback is Fallback.megatron_bridge:
+        yield _bridge()
     yield from _data(config, folder)
+
+
+def _bridge() -> Finding:
+    try:
+        megatron_bridge.check_version()
+    except MapoError as error:
+        fix = f"pip install --no-deps megatron-bridge=={megatron_bridge.SUPPORTED}"
+        return failure("model.fallback", str(error), fix)
+    return ok("model.fallback", f"megatron-bridge {megatron_bridge.SUPPORTED}")
 
 
 def _data(config: Config, model: Path) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from megatron_mapo.doctor import all_reduce, network, run_needs, server, storage
 from megatron_mapo.doctor.finding import Finding, Status
 
 QUICK = ["doctor", "--quick", "--json", "rollout.server.port=0"]
+from megatron_mapo.patches import megatron_bridge
 
 
 def only(findings, name: str) -> Finding:
@@ -255,6 +256,16 @@ class TestNeeds:
         many = [*overrides, "rollout.server.count=1000000", "rollout.server.port=0"]
         assert only(needs(*many), "memory of the run").status is Status.fails
         assert only(needs(*many, f"rollout.urls_file={file}"), "memory of the run").status is Status.ok
+
+    def test_a_family_that_somebody_translates(
+        self, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = [*overrides, f"model.path={make_tiny_model(tmp_path / 'gemma', 'gemma')}"]
+        assert_fails(only(needs(*settings), "layout, model, data"), "model.fallback=megatron_bridge")
+        settings.append("model.fallback=megatron_bridge")
+        assert only(needs(*settings), "model.fallback").status is Status.ok
+        monkeypatch.setattr(megatron_bridge, "SUPPORTED", "9")
+        assert_fails(only(needs(*settings), "model.fallback"), "fits 9 only")
 
     def test_a_model_that_the_servers_would_compute_otherwise(self, overrides: list[str], tmp_path: Path) -> None:
         windowed = make_tiny_model(tmp_path / "mistral", "mistral")

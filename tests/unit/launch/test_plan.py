@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,20 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(DataError, match=r"model\.path: architecture 'mamba'"):
         ModelShape.read(tmp_path / "config.json")
+
+
+def test_another_family_has_a_plan_if_somebody_translates_it(tmp_path: Path) -> None:
+    """What its configuration leaves out is what transformers says: tied embeddings."""
+    model = make_tiny_model(tmp_path / "gemma", "gemma")
+    written = json.loads((model / "config.json").read_text())
+    del written["tie_word_embeddings"]
+    (model / "config.json").write_text(json.dumps(written))
+    with safe_open(model / "model.safetensors", "pt") as weights:
+        counted = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+    with pytest.raises(DataError, match=r"'gemma' is not supported.*model\.fallback"):
+        make_plan(config(tmp_path, model), 1, [])
+    plan = make_plan(config(tmp_path, model, "model.fallback=megatron_bridge"), 1, [])
+    assert plan.shape.parameters() == counted
 
 
 def test_a_damaged_model_configuration_is_refused(tmp_path: Path) -> None:
