@@ -17,9 +17,9 @@ from megatron_mapo import cli
 from megatron_mapo.config import Config, ModelConfig, load_config
 from megatron_mapo.doctor import all_reduce, network, run_needs, server, storage, versions
 from megatron_mapo.doctor.finding import Finding, Status
+from megatron_mapo.patches import megatron_bridge
 
 QUICK = ["doctor", "--quick", "--json", "rollout.server.port=0"]
-from megatron_mapo.patches import megatron_bridge
 
 
 def only(findings, name: str) -> Finding:
