@@ -2,7 +2,8 @@
 
 Only knowledge is taken: which of megatron's fields describe the model, and what its parameters are called. The model
 itself, its layouts, and the way of its weights are those of all other families. Whatever this project's layers do not
-compute is refused by name, and ``check.require_check`` compares the result with transformers before anything uses it.
+compute is refused by name, and ``model_check.require_check`` compares the result with transformers before anything uses
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron.core.activations import fast_gelu
 from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
-from megatron_mapo.megatron.families import Family, Table, gelu_tanh
+from megatron_mapo.megatron.families import Family, Table, gelu_tanh, sliding_windows
 from megatron_mapo.patches import megatron_bridge
 
 _DESCRIBE = frozenset(
@@ -36,8 +37,6 @@ _DESCRIBE = frozenset(
         "add_bias_linear",
         "add_qkv_bias",
         "softmax_scale",
-        "window_size",
-        "window_attn_skip_freq",
     ]
 )
 """Fields that say what is computed, and that this project's layers follow."""
@@ -137,13 +136,13 @@ def _translate(hf: PretrainedConfig) -> Family:
 
 def _fields(provider: Any, hf: PretrainedConfig) -> dict[str, Any]:
     """What of megatron-bridge's description becomes ``DecoderConfig``'s; the rest must not matter, or is refused."""
-    fields: dict[str, Any] = {name: getattr(provider, name) for name in _DESCRIBE}
+    fields = {name: value for name in _DESCRIBE if (value := getattr(provider, name)) is not None}
     if fields["activation_func"] is fast_gelu:
         fields["activation_func"] = gelu_tanh  # the same function, in one kernel
     if _scales_embeddings(provider, hf):
         fields["embedding_scale"] = hf.hidden_size**0.5
-    if fields["softmax_scale"] is None:
-        del fields["softmax_scale"]
+    if sliding_windows(hf):
+        _refuse(hf, "windows of attention, which the comparison with transformers is too short to see")
     for name, value in _demanded(hf).items():
         if getattr(provider, name) != value:
             _refuse(hf, f"{name}={getattr(provider, name)!r}, and only {value!r} is supported")
@@ -164,6 +163,7 @@ def _demanded(hf: PretrainedConfig) -> Mapping[str, Any]:
         "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": hf.tie_word_embeddings,
         "num_moe_experts": None,
+        "window_size": None,
     }
 
 

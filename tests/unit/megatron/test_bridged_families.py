@@ -14,7 +14,7 @@ import torch
 from reference import ragged_batch, transformers_scores
 from safetensors.torch import load_file
 from tiny_models import BRIDGED, make_tiny_model
-from transformers import AutoConfig, Gemma2Config, GPT2Config, OlmoeConfig, PretrainedConfig
+from transformers import AutoConfig, Gemma2Config, GPT2Config, MistralConfig, OlmoeConfig, PretrainedConfig
 
 from megatron_mapo.config import Config, Dtype, Fallback
 from megatron_mapo.errors import ConfigError, DataError
@@ -90,6 +90,7 @@ def test_megatron_bridge_and_the_table_say_the_same(arch: str, tmp_path: Path) -
     [
         (Gemma2Config(architectures=["Gemma2ForCausalLM"]), r"'gemma2' a model of its own \(Gemma2ModelProvider"),
         (OlmoeConfig(architectures=["OlmoeForCausalLM"]), "num_moe_experts=64, and only None is supported"),
+        (MistralConfig(architectures=["MistralForCausalLM"], sliding_window=4096), "windows of attention"),
         (GPT2Config(architectures=["GPT2LMHeadModel"]), "does not translate the architecture 'gpt2'"),
         (GPT2Config(architectures=["GPT2ForCausalLM"]), "does not translate the architecture 'gpt2'"),
     ],
