@@ -35,6 +35,9 @@ IMPORTED = "megatron"
 LATEST, BEST = "latest", "best"
 RETURNED = "resumed_step"
 """File of a run's folder with the ``run.resume_step`` that the run has gone back to."""
+_LESS_SPACE = (
+    "free some space, choose another run.output_dir, or keep fewer with trainer.keep_checkpoints, trainer.keep_every"
+)
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
 _HASH_CHUNK = 1 << 22
@@ -264,22 +267,22 @@ def _what_to_do(path: Path) -> str:
 # ------------------------------------------------------------------------------------- disk and names
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, what: str = "the checkpoint", remedy: str = _LESS_SPACE) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Args:
         folder: where the bytes go; exists.
         needed: bytes.
+        what: needs them.
+        remedy: what the user can do.
 
     Raises:
-        CheckpointError: names the keys to change, and the needed and the free space.
+        CheckpointError: names the remedy, and the needed and the free space.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise CheckpointError(
-            f"{folder} has {free / 2**30:.2f} GiB free and the checkpoint needs {needed / 2**30:.2f} GiB: free some "
-            "space, choose another run.output_dir, or keep fewer with trainer.keep_checkpoints, trainer.keep_every"
-        )
+        sizes = f"{free / 2**30:.2f} GiB free and {what} needs {needed / 2**30:.2f} GiB"
+        raise CheckpointError(f"{folder} has {sizes}: {remedy}")
 
 
 def publish(partial: Path) -> Path:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import xxhash
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mapo import __version__, checkpoint_files
@@ -433,6 +434,62 @@ def load_model(chunks: list[PolicyModel], path: Path) -> None:
         _load_chunks(chunks, state["model"])
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
         raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def read_weights(chunk: PolicyModel, path: Path, names: Sequence[str], group_bytes: int) -> Iterator[Tensor]:
+    """The values of a model's parameters, on CPU and some at a time, so that nothing need hold all of them.
+
+    Args:
+        chunk: the whole model, which may be on the meta device.
+        path: the checkpoint.
+        names: of parameters; their values come in this order.
+        group_bytes: most bytes of the values that are read at one time; a larger one is read alone.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model, or cannot be read.
+    """
+    state = sharded_model([chunk])["chunk0"]
+    groups: list[list[str]] = []
+    size = 0
+    for name in names:
+        if not groups or size + state[name].data.nbytes > group_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += state[name].data.nbytes
+    for group in groups:
+        values = _read_group([state[name] for name in group], path)
+        while values:
+            yield values.pop(0)
+
+
+def _read_group(parameters: list[ShardedTensor | ShardedTensorFactory], path: Path) -> list[Tensor]:
+    values = [torch.empty(parameter.data.shape, dtype=parameter.data.dtype) for parameter in parameters]
+    parts = {
+        f"{number}.{i}": part
+        for number, (parameter, value) in enumerate(zip(parameters, values, strict=True))
+        for i, part in enumerate(_single_parts(replace(parameter, data=value)))
+    }
+    try:
+        # A few parameters do not cover the tensors that megatron stacks over all layers.
+        dist_checkpointing.load({"model": parts}, str(path), validate_access_integrity=False)
+    except (Exception, CheckpointException) as error:  # as in load_model
+        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+    return values
+
+
+def _single_parts(parameter: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """The tensors that a parameter consists of, in a form in which the part of one layer can be read alone.
+
+    megatron hands a tensor to which it adds axes (of layers, of experts) to torch as one of several, all of which
+    torch then asks of the only process. With the axes in its own shape it is read by itself.
+    """
+    built = parameter.build() if isinstance(parameter, ShardedTensorFactory) else parameter
+    parts = []
+    for part in nested_values(built) if isinstance(built, dict | list) else [built]:
+        shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+        parts.append(replace(part, data=part.data.view(shape), local_shape=shape, prepend_axis_num=0))
+    return parts
 
 
 def _merge_in_place(factory: ShardedTensorFactory) -> None:

@@ -2,13 +2,14 @@
 
 ``load_weights``: every rank reads only the slices that it holds; no communication.
 ``named_weights``: full tensors under their Hugging Face names, one at a time, on every rank.
+``merged_weights``: those of a folder, with the adapters of a model without weights.
 ``save_folder`` (``hf_folder.py``): a folder that transformers and SGLang load.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from transformers import PretrainedConfig
 
 from megatron_mapo.errors import DataError
 from megatron_mapo.megatron.families import Table, family_of
-from megatron_mapo.megatron.hf_folder import SafetensorsFolder
+from megatron_mapo.megatron.hf_folder import SafetensorsFolder, WeightStream
 from megatron_mapo.megatron.lora import Adapted
 from megatron_mapo.megatron.model import PolicyModel, head_dim
 
@@ -34,12 +35,14 @@ class Entry:
     """One parameter of this rank: its value, how it is cut, and what it is called elsewhere.
 
     Attributes:
+        parameter: megatron's name for it, in its chunk.
         expert: number of the expert among this rank's, -1 outside experts; its names have a field
             ``{expert}`` for the number among all.
         adapted: the layer with LoRA adapters whose weight this is.
         is_copy: this is the last stage's copy of tied embeddings; the first stage has the other one.
     """
 
+    parameter: str
     kind: str
     names: list[str]
     value: Tensor
@@ -47,6 +50,7 @@ class Entry:
     is_copy: bool = False
     adapted: Adapted | None = None
 
+    @torch.no_grad()
     def merged(self) -> Tensor:
         """The value, with the update of the adapters that its layer may have."""
         value = self.value.detach()
@@ -93,7 +97,7 @@ def _entry(chunk: PolicyModel, tables: _Tables, name: str, value: Tensor) -> Ent
         names = [_EMBEDDINGS]
     owner = chunk.get_submodule(name.rpartition(".")[0])
     adapted = owner if isinstance(owner, Adapted) and name.endswith(".weight") else None
-    return Entry(kind, names, value, int(expert[2]) if expert else -1, tied_output, adapted)
+    return Entry(name, kind, names, value, int(expert[2]) if expert else -1, tied_output, adapted)
 
 
 def _shapes(entry: Entry, hf: PretrainedConfig, parts: int) -> list[list[int]]:
@@ -176,6 +180,11 @@ def load_weights(chunks: list[PolicyModel], hf: PretrainedConfig, path: str | Pa
         else:
             value = torch.cat(parts)
         entry.value.copy_(value)
+    _refuse_others(folder, used, hf)
+
+
+def _refuse_others(folder: SafetensorsFolder, used: set[str], hf: PretrainedConfig) -> None:
+    """Tensors of the folder beside the ``used`` ones would be dropped. Collective."""
     if hf.tie_word_embeddings and _HEAD in folder.handles:
         _refuse_own_head(folder, hf)
         used.add(_HEAD)
@@ -212,17 +221,65 @@ def _refuse_unexpected(folder: SafetensorsFolder, used: set[str]) -> None:
         raise DataError(f"model.path: unexpected tensors in {folder.path}: {', '.join(extra[:5])}")
 
 
-@torch.no_grad()
-def named_weights(chunks: list[PolicyModel], hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    chunks: list[PolicyModel], hf: PretrainedConfig, read: Callable[[list[str]], Iterator[Tensor]] | None = None
+) -> WeightStream:
     """All weights under their Hugging Face names, whole, stage by stage in the model's order. Collective.
 
     Every rank must exhaust the iterator. A tensor is valid until the next one is asked for.
+
+    Args:
+        chunks: the model.
+        hf: its Hugging Face config.
+        read: brings the values of the parameters of these names, in their order, for a model on the meta device;
+            None: they are the model's own.
     """
-    yield from _gathered([e for e in entries(chunks, hf) if not e.is_copy], hf)
+    mine = _weight_entries(chunks, hf)
+    values = (entry.merged() for entry in mine) if read is None else read([entry.parameter for entry in mine])
+    return _stream(mine, values, hf)
+
+
+def _weight_entries(chunks: list[PolicyModel], hf: PretrainedConfig) -> list[Entry]:
+    """The entries without a second copy of tied embeddings."""
+    return [entry for entry in entries(chunks, hf) if not entry.is_copy]
+
+
+def merged_weights(
+    chunks: list[PolicyModel], hf: PretrainedConfig, path: str | Path, mapped_bytes: int
+) -> WeightStream:
+    """The weights of a Hugging Face folder with the updates of adapters, as ``named_weights``, on one process alone.
+
+    Args:
+        chunks: the model; all of it but the adapters may be on the meta device.
+        hf: its Hugging Face config.
+        path: the folder.
+        mapped_bytes: see ``SafetensorsFolder``.
+
+    Raises:
+        DataError: see ``load_weights``; of a tensor that is missing or misshapen, when it is asked for.
+    """
+    mine = _weight_entries(chunks, hf)
+    folder = SafetensorsFolder(path, mapped_bytes)
+    _refuse_others(folder, {name for name, _ in _described([mine], hf)}, hf)
+    return WeightStream(_described([mine], hf), _merged(mine, hf, folder))
+
+
+def _merged(mine: list[Entry], hf: PretrainedConfig, folder: SafetensorsFolder) -> Iterator[tuple[str, Tensor]]:
+    for entry in mine:
+        for name, expected in _described([[entry]], hf):
+            yield name, _read_merged(entry, name, expected, folder)
 
 
 @torch.no_grad()
-def named_adapters(chunks: list[PolicyModel], hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def _read_merged(entry: Entry, name: str, expected: Tensor, folder: SafetensorsFolder) -> Tensor:
+    value = folder.read(name, list(expected.shape), None, 1, 0).to(expected.dtype)
+    projection = name.split(".")[-2]
+    if entry.adapted is None or projection not in entry.adapted.adapters:
+        return value
+    return entry.adapted.update(projection).add_(value).to(value.dtype)
+
+
+def named_adapters(chunks: list[PolicyModel], hf: PretrainedConfig) -> WeightStream:
     """All LoRA matrices under PEFT's names, whole. Collective, as ``named_weights``."""
     mine = []
     for chunk in chunks:
@@ -235,36 +292,64 @@ def named_adapters(chunks: list[PolicyModel], hf: PretrainedConfig) -> Iterator[
                 if getattr(value, "tensor_model_parallel", False):
                     cut = ("slices", "columns")[value.partition_dim]
                 path = f"model.layers.{number}.{block}.{found[3]}.{found[4]}.weight"
-                mine.append(Entry(cut, [f"base_model.model.{path}"], value))
-    yield from _gathered(mine, hf)
+                mine.append(Entry(name, cut, [f"base_model.model.{path}"], value))
+    return _stream(mine, (entry.merged() for entry in mine), hf)
 
 
-def _gathered(mine: list[Entry], hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """The whole Hugging Face tensors of every stage's entries."""
+def _stream(mine: list[Entry], values: Iterator[Tensor], hf: PretrainedConfig) -> WeightStream:
+    """The whole Hugging Face tensors of every stage's entries, of which ``mine`` have these values. Collective."""
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     tables: list[list[Entry]] = [[] for _ in range(pipeline_group.size())]
-    described = [replace(e, value=e.value.to("meta"), adapted=None) for e in mine]
+    described = [replace(e, value=e.value.detach().to("meta"), adapted=None) for e in mine]
     dist.all_gather_object(tables, described, group=pipeline_group)
+    return WeightStream(_described(tables, hf), _gathered(tables, values, mine[0].value.device, hf))
+
+
+def _described(tables: list[list[Entry]], hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of every stage's entries, on the meta device."""
+    for table in tables:
+        for entry in table:
+            cut, value = _cut_of(entry), entry.value.detach().to("meta")
+            yield from _whole(entry, value.expand(cut.expert_ranks, cut.parts, *value.shape), cut, hf)
+
+
+def _gathered(
+    tables: list[list[Entry]], values: Iterator[Tensor], device: torch.device, hf: PretrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that ``_described`` describes; ``values``, without gradients, are those of this stage's table.
+
+    None is held while the next one comes. ``torch.no_grad`` around a generator would hold it.
+    """
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     for stage, table in enumerate(tables):
-        for i, entry in enumerate(table):
-            if stage == pipeline_group.rank():
-                local = mine[i].merged()
-            else:
-                local = torch.empty_like(entry.value, device=mine[0].value.device)
+        for entry in table:
+            local = next(values) if stage == pipeline_group.rank() else torch.empty_like(entry.value, device=device)
             if pipeline_group.size() > 1:
                 dist.broadcast(local, group=pipeline_group, group_src=stage)
             cut = _cut_of(entry)
-            parts = local[None, None]
-            if cut.group.size() > 1 and (entry.expert >= 0 or entry.kind != "copy"):
-                whole = local.new_empty(cut.group.size() * len(local), *local.shape[1:])
-                dist.all_gather_into_tensor(whole, local, group=cut.group)
-                parts = whole.view(cut.expert_ranks, cut.parts, *local.shape)
-            for rank, of_rank in enumerate(parts):
-                yield from zip(_names(entry, cut, rank, hf), _join(entry.kind, of_rank, hf), strict=True)
+            parts = _all_parts(entry, local, cut)
+            del local
+            yield from _whole(entry, parts, cut, hf)
+            del parts
 
 
-def _join(kind: str, parts: Tensor, hf: PretrainedConfig) -> list[Tensor]:
-    """The Hugging Face tensors of one entry, from all tensor-parallel parts ``[tp, *shape]``."""
+def _all_parts(entry: Entry, local: Tensor, cut: _Cut) -> Tensor:
+    """What the ranks of a cut hold, ``[expert ranks, parts, *shape]``; of what all hold alike, one is enough."""
+    if cut.group.size() == 1 or (entry.expert < 0 and entry.kind == "copy"):
+        return local[None, None]
+    whole = local.new_empty(cut.group.size() * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(whole, local, group=cut.group)
+    return whole.view(cut.expert_ranks, cut.parts, *local.shape)
+
+
+def _whole(entry: Entry, parts: Tensor, cut: _Cut, hf: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of one entry of every expert rank, from ``_all_parts``."""
+    for rank, of_rank in enumerate(parts):
+        yield from zip(_names(entry, cut, rank, hf), _join(entry.kind, of_rank, hf), strict=True)
+
+
+def _join(kind: str, parts: Tensor, hf: PretrainedConfig) -> Iterable[Tensor]:
+    """The Hugging Face tensors of one entry, from all tensor-parallel parts ``[tp, *shape]``; views where possible."""
     if kind == "copy":
         return [parts[0]]
     if kind == "rows":
@@ -272,11 +357,15 @@ def _join(kind: str, parts: Tensor, hf: PretrainedConfig) -> list[Tensor]:
     if kind == "slices":
         return [parts.flatten(0, 1)]
     if kind == "columns":
-        return [torch.cat(list(parts), 1)]
+        return [_joined(list(parts), 1)]
     if kind == "gate_up":
         halves = [p.chunk(2) for p in parts]
-        return [torch.cat([h[i] for h in halves]) for i in (0, 1)]
+        return (_joined([h[i] for h in halves], 0) for i in (0, 1))
     dim = head_dim(hf)
     heads = hf.num_attention_heads // hf.num_key_value_heads
     by_group = parts.reshape(hf.num_key_value_heads, (heads + 2) * dim, *parts.shape[2:])
-    return [x.reshape(-1, *parts.shape[2:]) for x in by_group.split([heads * dim, dim, dim], 1)]
+    return (x.reshape(-1, *parts.shape[2:]) for x in by_group.split([heads * dim, dim, dim], 1))
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

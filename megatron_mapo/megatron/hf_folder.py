@@ -1,23 +1,30 @@
-"""Hugging Face folders: read tensors or parts of them, write a complete folder shard by shard."""
+"""Hugging Face folders: read tensors or parts of them, write a complete folder tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_mapo import checkpoint_files
 from megatron_mapo.errors import DataError
 
 # Everything beside the weights that a Hugging Face folder carries.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "README*")
 _PIECES, _PIECE = 16, 1 << 16
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_WRITTEN = 1 << 20
+"""Elements that are converted and written at one time."""
+_ROOM = 64 << 20
+"""Bytes of disk for what stands beside the tensors: headers, the index."""
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -61,19 +68,33 @@ def weights_fingerprint(path: str | Path) -> str:
 class SafetensorsFolder:
     """Read-only view of all tensors of a Hugging Face folder.
 
+    Args:
+        path: the folder.
+        mapped_bytes: the files are opened anew after this many bytes, since pages that were read count as memory of
+            the process as long as their file is mapped.
+
     Raises:
         DataError: there is no safetensors file, or a tensor asked for is missing or misshapen.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.handles = {}
+    def __init__(self, path: str | Path, mapped_bytes: int = 1 << 30) -> None:
+        self.path, self.mapped_bytes = Path(path), mapped_bytes
+        self._open()
+
+    def _open(self) -> None:
+        self.handles: dict[str, Any] = {}
+        self._mapped = 0
         for file in weight_files(self.path):
             try:
                 handle = safe_open(str(file), "pt")
             except Exception as error:  # safetensors raises its own, undocumented types
                 raise DataError(f"model.path: {file} is not a readable safetensors file: {error}") from error
             self.handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def _will_map(self, size: int) -> None:
+        if self._mapped and self._mapped + size > self.mapped_bytes:
+            self._open()
+        self._mapped += size
 
     def read(self, name: str, shape: list[int], dim: int | None, parts: int, part: int) -> Tensor:
         """Part ``part`` of ``parts`` along ``dim`` (None: all) of a tensor that must have this whole ``shape``.
@@ -82,6 +103,7 @@ class SafetensorsFolder:
         """
         if name not in self.handles:
             raise DataError(f"model.path: tensor {name} is missing in {self.path}")
+        self._will_map(4 * math.prod(shape) // parts)
         view = self.handles[name].get_slice(name)
         if view.get_shape() != shape:
             raise DataError(f"model.path: {name} has shape {view.get_shape()} in {self.path}, expected {shape}")
@@ -95,48 +117,18 @@ class SafetensorsFolder:
         return piece
 
 
-class _ShardWriter:
-    """Collects tensors up to a size, then writes them as one safetensors file and forgets them."""
+class WeightStream(Iterator[tuple[str, Tensor]]):
+    """Names and whole tensors, one at a time. A tensor is valid until the next one is asked for.
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.shards: list[list[str]] = []
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = self.total_bytes = 0
+    Attributes:
+        described: the same names in the same order with tensors on the meta device, to be read once and first.
+    """
 
-    def room_for(self, size: int) -> None:
-        """Write what is pending if ``size`` bytes more would make the file too large."""
-        if self.pending and self.pending_bytes + size > self.shard_bytes:
-            self.flush()
+    def __init__(self, described: Iterator[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+        self.described, self._tensors = described, tensors
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Take a tensor over; the caller must not change it."""
-        self.pending[name] = value
-        self.pending_bytes += value.nbytes
-        self.total_bytes += value.nbytes
-
-    def flush(self) -> None:
-        """Write what is pending."""
-        file = self.folder / f"shard-{len(self.shards)}"
-        save_file(self.pending, str(file), metadata={"format": "pt"})
-        shutil.copymode(self.folder / "config.json", file)  # safetensors makes files that only their owner reads
-        self.shards.append(list(self.pending))
-        self.pending.clear()
-        self.pending_bytes = 0
-
-    def finish(self) -> None:
-        """Give the files transformers' names, and the index that several of them need."""
-        self.flush()
-        if len(self.shards) == 1:
-            (self.folder / "shard-0").rename(self.folder / "model.safetensors")
-            return
-        where = {}
-        for i, names in enumerate(self.shards):
-            file = f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            (self.folder / f"shard-{i}").rename(self.folder / file)
-            where.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": where}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self._tensors)
 
 
 def save_folder(
@@ -150,18 +142,21 @@ def save_folder(
 ) -> Path:
     """Write a Hugging Face folder: ``weights`` as safetensors, every companion file of ``source``.
 
-    The folder appears under its name only when it is complete; one that is there already is replaced. The
-    tensors of one file are in host memory at one time, and the one that does not fit into it any more.
-    ``config.json`` says what type was written.
+    The folder appears under its name only when it is complete; one that is there already is replaced. Every tensor
+    is written as it comes, and none is kept. ``config.json`` says what type was written.
 
     Args:
-        weights: names and whole tensors, one at a time.
+        weights: a ``WeightStream``.
         source: folder of the original model (config, tokenizer, chat template, ...).
         out: folder to write.
         shard_bytes: most bytes of one safetensors file; a larger tensor has a file of its own.
         dtype: type to convert the tensors to; None: as they are.
         card: text of README.md where ``source`` has none.
+
+    Raises:
+        CheckpointError: the disk has too little space.
     """
+    assert isinstance(weights, WeightStream), "the files are planned before the first tensor comes"
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -169,19 +164,64 @@ def save_folder(
     copy_companions(Path(source), partial)
     if card is not None and not (partial / "README.md").exists():
         (partial / "README.md").write_text(card)
-    writer = _ShardWriter(partial, shard_bytes)
-    written = dtype
-    for name, value in weights:
-        written = dtype or value.dtype
-        writer.room_for(value.numel() * written.itemsize)
-        # A copy: the tensor is only valid until the next one is asked for.
-        writer.add(name, torch.empty_like(value, dtype=written, device="cpu", requires_grad=False).copy_(value))
-        del value  # nothing but the shard and the next tensor
-    writer.finish()
-    _say_dtype(partial / "config.json", written)
+    shards = _plan(weights.described, shard_bytes, dtype)
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
+    checkpoint_files.require_space(partial, total + _ROOM, "the model", "free some space, or choose another folder")
+    for name, tensors in shards.items():
+        with (partial / name).open("wb") as stream:
+            stream.write(_header(tensors))
+            for planned in tensors.items():
+                _write_next(weights, planned, stream)
+    if (extra := next(weights, None)) is not None:
+        raise ValueError(f"{extra[0]} comes after all tensors that were described")
+    if len(shards) > 1:
+        where = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    _say_dtype(partial / "config.json", [t.dtype for tensors in shards.values() for t in tensors.values()][-1])
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
+
+
+def _plan(
+    described: Iterator[tuple[str, Tensor]], shard_bytes: int, dtype: torch.dtype | None
+) -> dict[str, dict[str, Tensor]]:
+    """The files, by transformers' names, and their tensors: on the meta device, of the type that is written."""
+    shards: list[dict[str, Tensor]] = []
+    size = 0
+    for name, tensor in described:
+        tensor = tensor.to(dtype or tensor.dtype)
+        if not shards or size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": tensors for i, tensors in enumerate(shards, 1)}
+
+
+def _header(tensors: dict[str, Tensor]) -> bytes:
+    """What a safetensors file begins with: the length of a table in JSON, and the table, padded to 8 bytes."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_next(weights: Iterator[tuple[str, Tensor]], planned: tuple[str, Tensor], stream: IO[bytes]) -> None:
+    """The bytes of the next tensor, which must be the planned one. A function, so that it ends with the tensor."""
+    name, tensor = planned
+    found, value = next(weights, ("the end", tensor))
+    if found != name or value.shape != tensor.shape:
+        raise ValueError(f"{name} {list(tensor.shape)} was described, and {found} {list(value.shape)} comes")
+    for piece in value.detach().contiguous().view(-1).split(_WRITTEN):
+        stream.write(piece.to("cpu", tensor.dtype).view(torch.uint8).numpy())
 
 
 def copy_companions(source: Path, out: Path) -> None:
@@ -195,7 +235,7 @@ def copy_companions(source: Path, out: Path) -> None:
                 shutil.copyfile(file, copy)
 
 
-def _say_dtype(file: Path, dtype: torch.dtype | None) -> None:
+def _say_dtype(file: Path, dtype: torch.dtype) -> None:
     """Write the type into config.json unless it stands there; transformers has two names for the key."""
     settings = json.loads(file.read_text())
     key = "torch_dtype" if "torch_dtype" in settings and "dtype" not in settings else "dtype"

@@ -88,8 +88,13 @@ class Adapted:
 
     def weight_update(self) -> Tensor:
         """float32 ``(alpha / r) B A`` in the shape and order of this rank's weight."""
-        parts = {name: (m.lora_B.float() @ m.lora_A.float()).t() for name, m in self._matrices()}
-        return self.scale * self.arrange(parts).t()
+        return self.arrange({name: self.update(name).t() for name in self.adapters}).t()
+
+    def update(self, name: str) -> Tensor:
+        """float32 ``(alpha / r) B A`` of one projection, its rows in the order of Hugging Face's weight."""
+        matrices = self.adapters[name]
+        assert isinstance(matrices, LowRank)
+        return (matrices.lora_B.float() @ matrices.lora_A.float()).mul_(self.scale)
 
     def _matrices(self) -> Iterator[tuple[str, LowRank]]:
         for name, module in self.adapters.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
 from megatron_mapo.algorithms.policy_loss import LossInputs, needs_sequences, policy_loss
@@ -23,6 +25,7 @@ from megatron_mapo.data.packing import PackedBatch, PackingSpec, equal_lengths, 
 from megatron_mapo.data.sequences import SequenceBatch
 from megatron_mapo.megatron.checkpoint_fit import describe_model
 from megatron_mapo.megatron.hf import load_weights, named_adapters, named_weights
+from megatron_mapo.megatron.hf_folder import WeightStream
 from megatron_mapo.megatron.lora import BaseReference, add_adapters
 from megatron_mapo.megatron.model import PolicyModel, forward_microbatch, load_hf_config, transformer_config
 from megatron_mapo.megatron.optimizer import NotFinite, build_optimizer, data_parallel
@@ -73,20 +76,34 @@ def _sum_over_context(totals: Tensor) -> None:
         dist.all_reduce(totals, group=group)
 
 
+class _ParametersOnMeta(TorchFunctionMode):
+    """``torch.empty`` takes no memory. Under ``torch.device("meta")`` rotary frequencies could not be computed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def empty_model(config: Config, path: str | Path, device: torch.device) -> tuple[list[PolicyModel], PretrainedConfig]:
-    """As ``build_model``, but the weights are still to be read, and there are no adapters."""
+    """As ``build_model``, but the weights are still to be read, and there are no adapters.
+
+    On the meta device it takes no memory, whether there is a GPU or not.
+    """
     hf = load_hf_config(path, config.model.fallback)
-    model_config = transformer_config(hf, config.actor, config.model.dtype, device.type == "cpu")
-    chunks = [
-        PolicyModel(
-            model_config,
-            hf,
-            temperature=config.rollout.temperature,
-            logprob_chunk=config.actor.logprob_chunk,
-            chunk=i,
-        ).to(device)
-        for i in range(config.actor.parallel.virtual_pipeline)
-    ]
+    model_config = transformer_config(hf, config.actor, config.model.dtype, device.type != "cuda")
+    with _ParametersOnMeta() if device.type == "meta" else nullcontext():
+        chunks = [
+            PolicyModel(
+                model_config,
+                hf,
+                temperature=config.rollout.temperature,
+                logprob_chunk=config.actor.logprob_chunk,
+                chunk=i,
+            ).to(device)
+            for i in range(config.actor.parallel.virtual_pipeline)
+        ]
     return chunks, hf
 
 
@@ -148,12 +165,12 @@ class Policy:
             return DeviceReference(build_model(self.config, self.model_path, self.runtime.device)[0])
         return HostReference(self.chunks)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> WeightStream:
         """The actor's weights under their Hugging Face names (see ``hf.named_weights``). Collective."""
         self.gather_parameters()
         return named_weights(self.chunks, self.hf)
 
-    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+    def named_adapters(self) -> WeightStream:
         """The actor's LoRA adapters under PEFT's names (see ``hf.named_adapters``). Collective."""
         self.gather_parameters()
         return named_adapters(self.chunks, self.hf)

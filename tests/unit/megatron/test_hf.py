@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from reference import ragged_batch, transformers_scores
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_tiny_model
@@ -20,12 +23,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mapo.config import Config, Dtype
-from megatron_mapo.errors import DataError
+from megatron_mapo.errors import CheckpointError, DataError
+from megatron_mapo.megatron.checkpoint import read_weights, sharded_model
 from megatron_mapo.megatron.families import FAMILIES
 from megatron_mapo.megatron.hf import load_weights, named_weights
-from megatron_mapo.megatron.hf_folder import save_folder
-from megatron_mapo.megatron.model import load_hf_config
-from megatron_mapo.megatron.policy import Policy, build_model
+from megatron_mapo.megatron.hf_folder import WeightStream, save_folder
+from megatron_mapo.megatron.model import PolicyModel, load_hf_config
+from megatron_mapo.megatron.policy import Policy, build_model, empty_model
 from megatron_mapo.megatron.runtime import Runtime
 from megatron_mapo.model_shape import ARCHITECTURES as KNOWN
 
@@ -220,6 +224,41 @@ def test_named_chat_templates_are_exported(
     assert AutoTokenizer.from_pretrained(out).chat_template == named
 
 
+def save_checkpoint(model: list[PolicyModel], out: Path) -> Path:
+    out.mkdir()
+    dist_checkpointing.save({"model": sharded_model(model)}, str(out))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", [*ARCHITECTURES, "odd_vocabulary", "llama3_rope"])
+def test_weights_are_read_from_a_checkpoint_without_a_model(
+    variant: str, dtype: torch.dtype, folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    source = folder(variant, dtype)
+    config.model.dtype = Dtype.float32 if dtype is torch.float32 else Dtype.bfloat16
+    path = save_checkpoint(build_model(config, source, runtime.device)[0], tmp_path / "checkpoint")
+    empty, hf = empty_model(config, source, torch.device("meta"))
+    assert {value.device.type for value in empty[0].parameters()} == {"meta"}
+    for group_bytes in (0, 100_000):
+        weights = named_weights(empty, hf, partial(read_weights, empty[0], path, group_bytes=group_bytes))
+        described = list(weights.described)
+        found = {name: value.clone() for name, value in weights}
+        assert_same_tensors(found, load_file(source / "model.safetensors"))
+        assert [(n, v.shape, v.dtype) for n, v in described] == [(n, v.shape, v.dtype) for n, v in found.items()]
+
+
+def test_a_checkpoint_of_another_model_is_not_read(
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+) -> None:
+    """A parameter that is not there, and one of another shape."""
+    path = save_checkpoint(build_model(config, folder("llama"), runtime.device)[0], tmp_path / "checkpoint")
+    for variant, message in (("qwen2", "linear_qkv.bias from model not in"), ("llama2", "Global shape mismatch")):
+        empty, hf = empty_model(config, folder(variant), torch.device("meta"))
+        with pytest.raises(CheckpointError, match=rf"cannot read {path}: .*{message}"):
+            list(named_weights(empty, hf, partial(read_weights, empty[0], path, group_bytes=0)))
+
+
 EXPORT_PEAK = """
 import ctypes, sys
 from pathlib import Path
@@ -296,19 +335,33 @@ def test_weights_in_another_layout_beside_the_model_are_not_read(
 
 
 def test_a_failed_save_leaves_the_old_folder(
-    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path
+    folder: Callable[..., Path], config: Config, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = folder("llama")
     model, hf = build_model(config, source, runtime.device)
     out = save_folder(named_weights(model, hf), source, tmp_path / "out")
+    old = load_file(out / "model.safetensors")
 
-    def broken():
+    def broken() -> Iterator[tuple[str, Tensor]]:
         yield next(named_weights(model, hf))
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
-        save_folder(broken(), source, out)
-    assert_same_tensors(load_file(out / "model.safetensors"), load_file(source / "model.safetensors"))
+    tensors = [(name, value.clone()) for name, value in named_weights(model, hf)]
+    (first, value), *rest = tensors
+    streams: list[tuple[Iterator[tuple[str, Tensor]], str]] = [
+        (broken(), "stop"),
+        (iter([(first, value[1:]), *rest]), r"embed_tokens.weight \[512, 64\] was described, and .* \[511, 64\] comes"),
+        (iter([("other", value), *rest]), r"embed_tokens.weight .* was described, and other"),
+        (iter(tensors[:-1]), r"model.norm.weight \[64\] was described, and the end"),
+        (iter([*tensors, ("more", value)]), "more comes after all"),
+    ]
+    for stream, message in streams:
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            save_folder(WeightStream(named_weights(model, hf).described, stream), source, out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(CheckpointError, match=r"GiB free and the model needs .* choose another folder"):
+        save_folder(named_weights(model, hf), source, out)
+    assert_same_tensors(load_file(out / "model.safetensors"), old)
 
 
 def change_tensors(source: Path, out: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
