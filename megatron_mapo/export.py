@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from megatron_mapo import checkpoint_files
 from megatron_mapo.config import Config, Dtype, ParallelConfig, load_config
@@ -14,11 +16,12 @@ from megatron_mapo.errors import CheckpointError, DataError
 from megatron_mapo.launch.run_folder import config_file
 from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint_fit import describe_model
-from megatron_mapo.megatron.hf import named_adapters, named_weights
-from megatron_mapo.megatron.hf_folder import save_folder
+from megatron_mapo.megatron.hf import merged_weights, named_adapters, named_weights
+from megatron_mapo.megatron.hf_folder import WeightStream, save_folder
 from megatron_mapo.megatron.imported import read_imported
-from megatron_mapo.megatron.lora import save_adapter
-from megatron_mapo.megatron.policy import build_model, empty_model
+from megatron_mapo.megatron.lora import adapted_layers, add_adapters, save_adapter
+from megatron_mapo.megatron.model import PolicyModel
+from megatron_mapo.megatron.policy import empty_model
 from megatron_mapo.quickstart import hub_name, resolve_model_path
 
 
@@ -52,6 +55,7 @@ def export_run(
     """Write the actor of a checkpoint as a folder that transformers and SGLang load.
 
     Under LoRA the weights are merged ones, and the folder ``adapter`` in it has the adapters as PEFT loads them.
+    The weights pass through host memory in groups of a quarter of ``shard_bytes``, or one parameter that is larger.
 
     Args:
         folder: a run's folder, or one that ``megatron-mapo import`` wrote.
@@ -71,15 +75,12 @@ def export_run(
     try:
         if source.is_run:
             checkpoint.verify(trainers, source.checkpoint, checksums=source.config.trainer.verify_checkpoints)
-        # Under LoRA the checkpoint holds the adapters alone.
-        build = build_model if source.config.actor.lora.rank else empty_model
-        chunks, hf = build(source.config, source.model, trainers.device)
+        chunks, hf = empty_model(source.config, source.model, torch.device("meta"))
         if source.is_run:
             model = describe_model(source.config, hf, source.model)
             checkpoint.refuse_misfit(trainers, source.checkpoint, source.config, model)
-        checkpoint.load_model(chunks, source.checkpoint)
         save_folder(
-            named_weights(chunks, hf),
+            _weights(source, chunks, hf, shard_bytes // 4),
             source.model,
             out,
             shard_bytes=shard_bytes,
@@ -92,6 +93,19 @@ def export_run(
         return out
     finally:
         trainers.close()
+
+
+def _weights(source: _Source, chunks: list[PolicyModel], hf: PretrainedConfig, group_bytes: int) -> WeightStream:
+    """Those of the checkpoint, for a model without memory. Under LoRA this gives it the trained adapters."""
+    if not source.config.actor.lora.rank:
+        read = partial(checkpoint.read_weights, chunks[0], source.checkpoint, group_bytes=group_bytes)
+        return named_weights(chunks, hf, read)
+    # The checkpoint holds the adapters alone.
+    add_adapters(chunks, source.config.actor.lora, source.config.run.seed)
+    for layer in adapted_layers(chunks):
+        layer.adapters.to_empty(device="cpu")
+    checkpoint.load_model(chunks, source.checkpoint)
+    return merged_weights(chunks, hf, source.model, group_bytes)
 
 
 def _run_source(run_dir: Path, step: int | None) -> _Source:
