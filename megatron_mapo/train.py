@@ -69,6 +69,7 @@ from megatron_mapo.tracking.starts import describe_start
 from megatron_mapo.watchdog import Watchdog
 
 T = TypeVar("T")
+W = TypeVar("W", bound=Iterator[tuple[str, Tensor]])
 
 
 class Clock:
@@ -166,7 +167,7 @@ class Trainer:
                 self._say(f"step {self.step}: {error}")
                 self.sync_weights()
 
-    def main_with(self, weights: Iterator[tuple[str, Tensor]], work: Callable[[Iterator[tuple[str, Tensor]]], T]) -> T:
+    def main_with(self, weights: W, work: Callable[[W], T]) -> T:
         """``work(weights)`` on rank 0 while all ranks bring the weights together; as ``on_main`` for errors.
 
         The iterator is exhausted whatever happens to ``work``: the other ranks take part in it.

@@ -132,7 +132,7 @@ class WeightStream(Iterator[tuple[str, Tensor]]):
 
 
 def save_folder(
-    weights: Iterator[tuple[str, Tensor]],
+    weights: WeightStream,
     source: str | Path,
     out: str | Path,
     *,
@@ -146,7 +146,7 @@ def save_folder(
     is written as it comes, and none is kept. ``config.json`` says what type was written.
 
     Args:
-        weights: a ``WeightStream``.
+        weights: names and tensors; the files are planned from their descriptions before the first one comes.
         source: folder of the original model (config, tokenizer, chat template, ...).
         out: folder to write.
         shard_bytes: most bytes of one safetensors file; a larger tensor has a file of its own.
@@ -156,7 +156,6 @@ def save_folder(
     Raises:
         CheckpointError: the disk has too little space.
     """
-    assert isinstance(weights, WeightStream), "the files are planned before the first tensor comes"
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
