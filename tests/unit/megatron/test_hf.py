@@ -260,24 +260,47 @@ def test_a_checkpoint_of_another_model_is_not_read(
             list(named_weights(empty, hf, partial(read_weights, empty[0], path, group_bytes=0)))
 
 
-EXPORT_PEAK = """
+PEAK = """
 import ctypes, os, sys
+from functools import partial
 from pathlib import Path
-from megatron_mapo.export import export_run
 
 def mib(name):
     for line in open("/proc/self/status"):
         if line.startswith(name + ":"):
             return int(line.split()[1]) / 1024
 
+def peak(work):
+    ctypes.CDLL(None).malloc_trim(0)  # what came before has freed would hide what this takes
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts here
+    before = mib("VmRSS")
+    work()
+    print(mib("VmHWM") - before)
+"""
+EXPORT_PEAK = f"""{PEAK}
+from megatron_mapo.export import export_run
+
 first, source, out, shard = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 export_run(first, first / "export")  # what is loaded once is no part of an export
 del os.environ["RANK"]  # the second one meets at a port of its own
-ctypes.CDLL(None).malloc_trim(0)  # what came before has freed would hide what this takes
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts here
-before = mib("VmRSS")
-export_run(source, out, shard_bytes=shard)
-print(mib("VmHWM") - before)
+peak(lambda: export_run(source, out, shard_bytes=shard))
+"""
+LOAD_PEAK = f"""{PEAK}
+from megatron_mapo.config import Config, Dtype
+from megatron_mapo.megatron import hf, runtime
+from megatron_mapo.megatron.policy import build_model, empty_model
+
+first, source, shard = *map(Path, sys.argv[1:3]), int(sys.argv[3])
+config = Config()
+config.model.dtype = Dtype.float32
+trainers = runtime.initialize(config)
+hf.SafetensorsFolder = partial(hf.SafetensorsFolder, mapped_bytes=shard // 4)
+build_model(config, first, trainers.device)  # what is loaded once is no part of it
+chunks, model = empty_model(config, source, trainers.device)
+for value in chunks[0].parameters():
+    value.data.zero_()  # its memory is that of the model
+peak(lambda: hf.load_weights(chunks, model, source))
+trainers.close()
 """
 # Freed tensors go back to the system at once: the mark is of what is in use.
 MEASURED = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -327,6 +350,17 @@ def test_an_export_stays_under_one_shard_in_memory(kind: str, config: Config, ru
     for name, value in expected.items():
         assert torch.equal(found[name], value) or (kind == "lora" and torch.allclose(found[name], value, rtol=1e-6))
     assert grown * 2**20 < shard
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
+def test_loading_takes_less_than_one_shard_beside_the_model(tmp_path: Path) -> None:
+    """70 MiB in files of 18 MiB."""
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+    first = make_tiny_model(tmp_path / "first", "llama")
+    source = make_tiny_model(tmp_path / "source", "llama", **shape)
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "sharded", max_shard_size="18MB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) >= 4
+    assert float(run_python("-c", LOAD_PEAK, first, tmp_path / "sharded", str(18_000_000))) < 17
 
 
 def test_weights_in_another_layout_beside_the_model_are_not_read(
