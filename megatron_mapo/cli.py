@@ -97,6 +97,26 @@ def _parser() -> argparse.ArgumentParser:
 
     _eval_parser(commands)
 
+    _checkpoint_parsers(commands)
+
+    plot = _command(commands, "plot", "draw a run's curves", _plot)
+    plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+
+    _report_parsers(commands)
+
+    doctor = _run_parser(commands, "doctor", "check this machine, and what a configuration needs of it", _doctor)
+    doctor.add_argument("--quick", action="store_true", help="start no server")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--nproc", type=_positive, metavar="N", help="trainer processes (default: one a GPU)")
+
+    _reward_check_parser(commands)
+
+    options = _command(commands, "options", "list all options of a configuration", _options)
+    options.add_argument("section", nargs="?", help="only this section, such as actor or actor.optim")
+    return parser
+
+
+def _checkpoint_parsers(commands: Any) -> None:
     export = _command(commands, "export", "write a Hugging Face folder from a checkpoint", _export)
     export.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run, or of an imported model")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
@@ -122,22 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", "show a run or one checkpoint, and check its files", _inspect)
     inspect.add_argument("path", type=Path, metavar="RUN", help="folder of a run, a checkpoint or an imported model")
     inspect.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
-
-    plot = _command(commands, "plot", "draw a run's curves", _plot)
-    plot.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
-
-    _report_parsers(commands)
-
-    doctor = _run_parser(commands, "doctor", "check this machine, and what a configuration needs of it", _doctor)
-    doctor.add_argument("--quick", action="store_true", help="start no server")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.add_argument("--nproc", type=_positive, metavar="N", help="trainer processes (default: one a GPU)")
-
-    _reward_check_parser(commands)
-
-    options = _command(commands, "options", "list all options of a configuration", _options)
-    options.add_argument("section", nargs="?", help="only this section, such as actor or actor.optim")
-    return parser
 
 
 def _command(commands: Any, name: str, text: str, run: Any, **settings: Any) -> argparse.ArgumentParser:

@@ -19,7 +19,10 @@ from megatron_mapo.doctor.finding import Finding, failure, ok, warning
 from megatron_mapo.errors import MapoError
 
 _SHOWN = ("torch", "megatron-core", "transformers")
-_PATCHED = {"megatron_core": "import megatron_mapo.megatron.policy, megatron_mapo.megatron.checkpoint"}
+_PATCHED = {
+    "megatron_bridge": "import megatron_mapo.megatron; from megatron_mapo.patches.megatron_bridge import load; load()",
+    "megatron_core": "import megatron_mapo.megatron.policy, megatron_mapo.megatron.checkpoint",
+}
 _INSTALL = "scripts/setup.sh, or docs/install.md for CUDA"
 
 
@@ -39,12 +42,12 @@ def check() -> Iterator[Finding]:
 
 
 def check_patches() -> Iterator[Finding]:
-    """Every patch fits the package that it changes; that to the trainers is applied, in a process of its own."""
-    for module in pkgutil.iter_modules(patches.__path__):
+    """Every patch fits the package that it changes; those of trainers are applied, in a process of their own."""
+    for module in filter(lambda found: found.ispkg, pkgutil.iter_modules(patches.__path__)):
         patch = importlib.import_module(f"{patches.__name__}.{module.name}")
         name = f"patch {module.name}"
         if hasattr(patch, "needed") and not patch.needed():
-            yield ok(name, "not needed on this machine")
+            yield ok(name, "not needed here")
             continue
         try:
             patch.check_version()

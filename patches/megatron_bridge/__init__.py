@@ -15,9 +15,18 @@ from types import ModuleType
 from typing import Any
 
 from megatron_mapo.errors import ConfigError
+from megatron_mapo.patches.versions import require_version
 
 SUPPORTED = "0.3.1"
 _KERNELS = ("transformer_engine", "transformer_engine_torch", "triton")
+
+
+def needed() -> bool:
+    """Whether this megatron-bridge is installed; it is optional, and another one does no harm until it is asked for."""
+    try:
+        return importlib.metadata.version("megatron-bridge") == SUPPORTED
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def check_version() -> None:
@@ -26,16 +35,8 @@ def check_version() -> None:
     Raises:
         ConfigError: it is not installed, or another version is.
     """
-    install = f"pip install --no-deps megatron-bridge=={SUPPORTED} (docs/models.md)"
-    try:
-        installed = importlib.metadata.version("megatron-bridge")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"model.fallback=megatron_bridge: megatron-bridge is not installed: {install}") from None
-    if installed != SUPPORTED:
-        raise ConfigError(
-            f"model.fallback=megatron_bridge: megatron-bridge {installed} is installed, but "
-            f"patches/megatron_bridge fits {SUPPORTED} only: {install}"
-        )
+    install = f"pip install --no-deps megatron-bridge=={SUPPORTED} (docs/models.md), or model.fallback=none"
+    require_version("megatron-bridge", SUPPORTED, install, ConfigError)
 
 
 def load() -> Any:

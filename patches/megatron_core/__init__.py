@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 import torch
 
-from megatron_mapo.errors import MapoError
+from megatron_mapo.patches.versions import require_version
 
 SUPPORTED = "0.16.1"
 _applied = False
@@ -18,12 +16,7 @@ def check_version() -> None:
     Raises:
         MapoError: another version is installed.
     """
-    installed = importlib.metadata.version("megatron-core")
-    if installed != SUPPORTED:
-        raise MapoError(
-            f"megatron-core {installed} is installed, but patches/megatron_core fits {SUPPORTED} only: "
-            f"pip install megatron-core=={SUPPORTED}"
-        )
+    require_version("megatron-core", SUPPORTED, f"pip install megatron-core=={SUPPORTED}")
 
 
 def apply() -> None:

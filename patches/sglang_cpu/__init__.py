@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 
 import torch
 
 from megatron_mapo.errors import RolloutError
+from megatron_mapo.patches.versions import require_version
 
 SUPPORTED = "0.5.23"
 ACTIVE = "MEGATRON_MAPO_SGLANG_CPU"
@@ -28,15 +28,7 @@ def check_version() -> None:
         RolloutError: sglang is not installed, or another version is.
     """
     install = f"pip install --no-deps sglang=={SUPPORTED} (requirements/sglang-cpu.txt lists what it needs)"
-    try:
-        installed = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        raise RolloutError(f"sglang is not installed: {install}") from None
-    if installed != SUPPORTED:
-        raise RolloutError(
-            f"sglang {installed} is installed, but patches/sglang_cpu fits {SUPPORTED} only; on a machine without "
-            f"a GPU: {install}"
-        )
+    require_version("sglang", SUPPORTED, f"on a machine without a GPU, {install}", RolloutError)
 
 
 def environment(base: dict[str, str], threads: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
 import signal
 import socket
@@ -105,7 +106,7 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
 
 
 def test_another_version_of_sglang_is_refused(monkeypatch):
-    monkeypatch.setattr(sglang_cpu.importlib.metadata, "version", lambda name: "0.5.22")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.22")
     monkeypatch.setattr(sglang_cpu, "needed", lambda: True)
     with pytest.raises(RolloutError, match=r"sglang 0\.5\.22 is installed, .* fits 0\.5\.23 only"):
         sglang_cpu.environment({}, 1)

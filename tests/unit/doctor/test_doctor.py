@@ -113,6 +113,15 @@ class TestVersions:
         monkeypatch.setattr(versions, "_PATCHED", {"megatron_core": "raise ImportError('another megatron')"})
         assert_fails(only(versions.check_patches(), "patch megatron_core"), "cannot be applied", "another megatron")
 
+    def test_megatron_bridge_is_optional(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        finding = only(versions.check_patches(), "patch megatron_bridge")
+        assert (finding.status, finding.detail) == (Status.ok, f"applied to {megatron_bridge.SUPPORTED}")
+        monkeypatch.setattr(versions, "_PATCHED", {})  # it is not about those
+        for version in ("0.2.0", None):
+            self.pretend(monkeypatch, "megatron-bridge", version)
+            finding = only(versions.check_patches(), "patch megatron_bridge")
+            assert (finding.status, finding.detail) == (Status.ok, "not needed here")
+
     def test_a_package_that_is_not_shown_appears_when_it_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "xxhash" not in {finding.name for finding in versions.check()}
         self.pretend(monkeypatch, "xxhash", None)
