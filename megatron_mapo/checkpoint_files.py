@@ -166,7 +166,7 @@ def went_back(folder: Path, step: int | None) -> bool:
 def note_return(folder: Path, step: int) -> None:
     """Remember, durably, that the run has gone back to ``step``."""
     if not went_back(folder, step):
-        _write_durably(folder.parent / RETURNED, f"{step}\n")
+        write_durably(folder.parent / RETURNED, f"{step}\n")
 
 
 def forget_return(folder: Path) -> None:
@@ -199,7 +199,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, durably. Whoever sees it sees a complete checkpoint."""
-    _write_durably(path / MANIFEST, json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1) + "\n")
+    write_durably(path / MANIFEST, json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1) + "\n")
 
 
 def hash_file(file: Path) -> FileEntry:
@@ -446,10 +446,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def _point(folder: Path, name: str, target: str) -> None:
-    _write_durably(folder / name, target + "\n")
+    write_durably(folder / name, target + "\n")
 
 
-def _write_durably(file: Path, text: str) -> None:
+def write_durably(file: Path, text: str) -> None:
     """Replace a file: a reader, and a machine that loses power, see the old or the new text, nothing between."""
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:

@@ -57,6 +57,7 @@ from megatron_mapo.megatron import checkpoint, runtime
 from megatron_mapo.megatron.checkpoint import Checkpointer
 from megatron_mapo.megatron.hf_folder import save_folder
 from megatron_mapo.megatron.lora import save_adapter
+from megatron_mapo.megatron.model import load_hf_config
 from megatron_mapo.megatron.model_check import require_check
 from megatron_mapo.megatron.policy import Policy, TokenScores, UpdateResult
 from megatron_mapo.megatron.runtime import Runtime
@@ -121,25 +122,26 @@ class Trainer:
     def open(self) -> None:
         """Find the model, build the policy, connect to the servers, and resume if there is a checkpoint."""
         actor = self.config.actor
-        self._check_estimator()
+        self.on_every_rank(lambda: get_estimator(actor.adv_norm.aggregation_mode))
         with self.watchdog.phase("start"):
             self.model_path = self.on_main(self._prepare)
+            self.on_every_rank(lambda: load_hf_config(self.model_path, self.config.model.fallback))
             updates = self.config.trainer.steps * actor.epochs * actor.mini_batches
             self.policy = Policy(self.config, self.runtime, self.model_path, updates)
             self.on_main(self._open_rollout)
             self._resume()
             self.on_main(self._open_tracker)
 
-    def _check_estimator(self) -> None:
-        """An estimator that cannot be imported, on whichever machine, is an error on all ranks before they wait."""
+    def on_every_rank(self, check: Callable[[], object]) -> None:
+        """What is missing on one machine alone (a package, a folder) is an error on all ranks before they wait."""
         failure = None
         try:
-            get_estimator(self.config.actor.adv_norm.aggregation_mode)
-        except ConfigError as error:
-            failure = str(error)
-        found = [f"rank {rank}: {text}" for rank, text in enumerate(self.runtime.gather(failure)) if text is not None]
-        if found:
-            raise ConfigError(found[0])
+            check()
+        except MapoError as error:
+            failure = error
+        for rank, found in enumerate(self.runtime.gather(failure)):
+            if found is not None:
+                raise type(found)(f"rank {rank}: {found}" if rank else str(found))
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0's ``work()`` on every rank; if it fails there, the same error on every rank."""

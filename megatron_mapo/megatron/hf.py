@@ -184,8 +184,10 @@ def load_weights(chunks: list[PolicyModel], hf: PretrainedConfig, path: str | Pa
 
 
 def _refuse_others(folder: SafetensorsFolder, used: set[str], hf: PretrainedConfig) -> None:
-    """Tensors of the folder beside the ``used`` ones would be dropped. Collective."""
-    if hf.tie_word_embeddings and _HEAD in folder.handles:
+    """Tensors of the folder beside the ``used`` ones would be dropped, and those must be there. Collective."""
+    if missing := sorted(used - folder.files.keys()):
+        raise DataError(f"model.path: tensor {missing[0]} is missing in {folder.path}")
+    if hf.tie_word_embeddings and _HEAD in folder.files:
         _refuse_own_head(folder, hf)
         used.add(_HEAD)
     _refuse_unexpected(folder, used)
@@ -216,7 +218,7 @@ def _refuse_unexpected(folder: SafetensorsFolder, used: set[str]) -> None:
     stages: list[set[str] | None] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(stages, used, group=parallel_state.get_pipeline_model_parallel_group())
     known: set[str] = set().union(*(s or set() for s in stages))
-    extra = sorted(n for n in set(folder.handles) - known if not n.endswith("rotary_emb.inv_freq"))
+    extra = sorted(n for n in folder.files.keys() - known if not n.endswith("rotary_emb.inv_freq"))
     if extra:
         raise DataError(f"model.path: unexpected tensors in {folder.path}: {', '.join(extra[:5])}")
 

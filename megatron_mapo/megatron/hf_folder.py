@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_mapo import checkpoint_files
-from megatron_mapo.errors import DataError
+from megatron_mapo.errors import CheckpointError, DataError
 
 # Everything beside the weights that a Hugging Face folder carries.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "README*")
@@ -73,27 +74,31 @@ class SafetensorsFolder:
         mapped_bytes: the files are opened anew after this many bytes, since pages that were read count as memory of
             the process as long as their file is mapped.
 
+    Attributes:
+        files: where each tensor is.
+
     Raises:
         DataError: there is no safetensors file, or a tensor asked for is missing or misshapen.
     """
 
     def __init__(self, path: str | Path, mapped_bytes: int = 1 << 30) -> None:
         self.path, self.mapped_bytes = Path(path), mapped_bytes
-        self._open()
-
-    def _open(self) -> None:
-        self.handles: dict[str, Any] = {}
+        self._handles: dict[Path, Any] = {}
         self._mapped = 0
-        for file in weight_files(self.path):
+        self.files = {name: file for file in weight_files(self.path) for name in self._open(file).keys()}  # noqa: SIM118
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
             try:
-                handle = safe_open(str(file), "pt")
+                self._handles[file] = safe_open(str(file), "pt")
             except Exception as error:  # safetensors raises its own, undocumented types
                 raise DataError(f"model.path: {file} is not a readable safetensors file: {error}") from error
-            self.handles.update(dict.fromkeys(handle.keys(), handle))
+        return self._handles[file]
 
     def _will_map(self, size: int) -> None:
         if self._mapped and self._mapped + size > self.mapped_bytes:
-            self._open()
+            self._handles.clear()
+            self._mapped = 0
         self._mapped += size
 
     def read(self, name: str, shape: list[int], dim: int | None, parts: int, part: int) -> Tensor:
@@ -101,14 +106,15 @@ class SafetensorsFolder:
 
         A dimension that the parts do not divide is padded with zeros at its end.
         """
-        if name not in self.handles:
+        if name not in self.files:
             raise DataError(f"model.path: tensor {name} is missing in {self.path}")
-        self._will_map(4 * math.prod(shape) // parts)
-        view = self.handles[name].get_slice(name)
+        self._will_map(4 * math.prod(shape) // parts)  # at most; the type is known when the file is open
+        handle = self._open(self.files[name])
+        view = handle.get_slice(name)
         if view.get_shape() != shape:
             raise DataError(f"model.path: {name} has shape {view.get_shape()} in {self.path}, expected {shape}")
         if dim is None:
-            return self.handles[name].get_tensor(name)
+            return handle.get_tensor(name)
         width = -(-shape[dim] // parts)
         start, stop = part * width, min((part + 1) * width, shape[dim])
         piece = view[start:stop] if dim == 0 else view[:, start:stop]
@@ -154,33 +160,45 @@ def save_folder(
         card: text of README.md where ``source`` has none.
 
     Raises:
-        CheckpointError: the disk has too little space.
+        CheckpointError: the folder cannot be written; nothing of it stays, and what was there does.
     """
     out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    copy_companions(Path(source), partial)
-    if card is not None and not (partial / "README.md").exists():
-        (partial / "README.md").write_text(card)
-    shards = _plan(weights.described, shard_bytes, dtype)
-    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
-    checkpoint_files.require_space(partial, total + _ROOM, "the model", "free some space, or choose another folder")
-    for name, tensors in shards.items():
-        with (partial / name).open("wb") as stream:
-            stream.write(_header(tensors))
-            for planned in tensors.items():
-                _write_next(weights, planned, stream)
-    if (extra := next(weights, None)) is not None:
-        raise ValueError(f"{extra[0]} comes after all tensors that were described")
-    if len(shards) > 1:
-        where = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    _say_dtype(partial / "config.json", [t.dtype for tensors in shards.values() for t in tensors.values()][-1])
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with _in_place_of(out) as folder:
+        copy_companions(Path(source), folder)
+        if card is not None and not (folder / "README.md").exists():
+            (folder / "README.md").write_text(card)
+        shards = _plan(weights.described, shard_bytes, dtype)
+        total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
+        checkpoint_files.require_space(folder, total + _ROOM, "the model", "free some space, or choose another folder")
+        for name, tensors in shards.items():
+            with (folder / name).open("wb") as stream:
+                stream.write(_header(tensors))
+                for planned in tensors.items():
+                    _write_next(weights, planned, stream)
+        if (extra := next(weights, None)) is not None:
+            raise ValueError(f"{extra[0]} comes after all tensors that were described")
+        if len(shards) > 1:
+            where = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        _say_dtype(folder / "config.json", [t.dtype for tensors in shards.values() for t in tensors.values()][-1])
     return out
+
+
+@contextmanager
+def _in_place_of(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``out`` when it is complete, and is removed when something fails."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _plan(

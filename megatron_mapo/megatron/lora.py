@@ -173,7 +173,8 @@ def add_adapters(chunks: list[PolicyModel], lora: LoraConfig, seed: int) -> None
     """Freeze the model and give its projections adapters: A random, the same in every layout, and B zero.
 
     Raises:
-        ConfigError: the model's MLP consists of experts, and ``actor.lora.targets`` names its projections.
+        ConfigError: the model's MLP consists of experts, and ``actor.lora.targets`` names its projections; or it has
+            none of the projections named.
     """
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -187,6 +188,8 @@ def add_adapters(chunks: list[PolicyModel], lora: LoraConfig, seed: int) -> None
                     fused = ("up_proj",)
                 if any(name in lora.targets for name in fused):
                     _adapt(layer.get_submodule(path), fused, lora, f"{seed}.{layer.layer_number}")
+    if not any(True for _ in adapted_layers(chunks)):
+        raise ConfigError(f"actor.lora.targets: the model has no {' or '.join(lora.targets)}")
 
 
 def _adapt(linear: Any, fused: tuple[str, ...], lora: LoraConfig, seed: str) -> None:
@@ -256,7 +259,8 @@ def save_adapter(weights: Iterator[tuple[str, Tensor]], lora: LoraConfig, base: 
         out: folder to write.
     """
     out.mkdir(parents=True, exist_ok=True)
-    save_file({n: w.detach().cpu().contiguous().clone() for n, w in weights}, str(out / "adapter_model.safetensors"))
+    adapters = {name: value.detach().cpu().contiguous().clone() for name, value in weights}
+    save_file(adapters, str(out / "adapter_model.safetensors"))
     name, revision = hub_name(base) or (str(folder.resolve()), None)
     settings = {
         "peft_type": "LORA",
@@ -265,7 +269,7 @@ def save_adapter(weights: Iterator[tuple[str, Tensor]], lora: LoraConfig, base: 
         "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": sorted(lora.targets),
+        "target_modules": sorted({name.split(".")[-3] for name in adapters}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

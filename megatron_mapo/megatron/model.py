@@ -47,7 +47,10 @@ def load_hf_config(path: str | Path, fallback: Fallback = Fallback.none) -> Pret
     if not file.is_file():
         raise DataError(f"model.path: {file} does not exist")
     _known(json.loads(file.read_text()).get("model_type"), fallback)
-    hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    try:
+        hf = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.path: transformers cannot read {file}: {' '.join(str(error).split())}") from error
     _known(hf.model_type, fallback)  # transformers reads some configurations as those of another architecture
     family_of(hf).check(hf)
     rotary(hf)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_mapo import __version__
+from megatron_mapo.checkpoint_files import write_durably
 from megatron_mapo.config import Config, Dtype, Fallback
 from megatron_mapo.data.packing import PackingSpec, pack
 from megatron_mapo.data.sequences import SequenceBatch
@@ -59,7 +61,7 @@ class CheckResult:
     @property
     def largest(self) -> float:
         """Over all sequences (nat)."""
-        return max(difference.largest for difference in self.differences)
+        return float(torch.tensor([difference.largest for difference in self.differences]).max())  # NaN stays NaN
 
 
 def require_check(path: Path, fallback: Fallback, record: Path | None = None) -> None:
@@ -79,35 +81,53 @@ def require_check(path: Path, fallback: Fallback, record: Path | None = None) ->
     hf = load_hf_config(path, fallback)
     if hf.model_type in FAMILIES:
         return
-    described = hf.to_json_string(use_diff=False) + weights_fingerprint(path) + __version__
+    versions = [__version__, *(version(package) for package in ("megatron-core", "torch", "transformers"))]
+    described = " ".join([hf.to_json_string(use_diff=False), weights_fingerprint(path), *versions])
     identity = xxhash.xxh3_128(described.encode()).hexdigest()
-    known = json.loads(record.read_text()) if record is not None and record.is_file() else {}
-    if known.get("identity") != identity:
-        known = {"identity": identity, **_check_apart(path, hf.model_type, fallback)}
+    largest = None if record is None else _recorded(record, identity)
+    if largest is None:
+        largest = _check_apart(path, hf.model_type, fallback)
         if record is not None:
             record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(known, indent=2) + "\n")
+            write_durably(record, json.dumps({"identity": identity, "largest": largest}, indent=2) + "\n")
     print(
         f"{path}: {hf.model_type} is translated by {fallback.value}; its log-probs in float32 differ from "
-        f"transformers' by at most {known['largest']:.1e} nat",
+        f"transformers' by at most {largest:.1e} nat",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _check_apart(path: Path, model_type: str, fallback: Fallback) -> dict[str, float]:
-    """The largest difference, from a process of its own."""
-    command = [sys.executable, "-m", "megatron_mapo", "check", str(path), "--fallback", fallback.value, "--json"]
+def _recorded(record: Path, identity: str) -> float | None:
+    """The largest difference that was found before; None where it is not known."""
+    try:
+        known = json.loads(record.read_text())
+        return float(known["largest"]) if known["identity"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_apart(path: Path, model_type: str, fallback: Fallback) -> float:
+    """The largest difference, from a process of its own that ends with this one."""
+    check = ["check", str(path), "--fallback", fallback.value]
+    keeper = [sys.executable, "-m", "megatron_mapo.launch.keeper", "--die-with-parent"]
+    command = [*keeper, sys.executable, "-m", "megatron_mapo", *check, "--bound", str(BOUND), "--json"]
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in ranks and not k.startswith("TORCHELASTIC_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    model = f"model.path: {path} ({model_type}, translated by {fallback.value})"
+    more = f"`megatron-mapo {' '.join(check)}` shows more"
+    if not answers:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise DataError(f"{model} could not be compared with transformers: {said[-1]}. {more}")
+    largest = float(json.loads(answers[-1])["largest"])
+    if done.returncode:
         raise DataError(
-            f"model.path: {path} ({model_type}, translated by {fallback.value}) does not compute what transformers "
-            f"computes: {said[-1]}. `megatron-mapo check {path} --fallback {fallback.value}` shows more"
+            f"{model} does not compute what transformers computes: the log-probs differ by {largest:.2e} nat, more "
+            f"than {BOUND:g}. {more}"
         )
-    return {"largest": json.loads(done.stdout.strip().splitlines()[-1])["largest"]}
+    return largest
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from megatron_mapo.megatron import bridged_families, model_check
 from megatron_mapo.megatron.families import FAMILIES
 from megatron_mapo.megatron.imported import import_folder
 from megatron_mapo.megatron.model import load_hf_config
-from megatron_mapo.megatron.model_check import require_check
+from megatron_mapo.megatron.model_check import CheckResult, Difference, require_check
 from megatron_mapo.megatron.policy import Policy, build_model
 from megatron_mapo.megatron.runtime import Runtime
 
@@ -140,16 +141,42 @@ def test_a_comparison_stands_before_the_first_use(
 
     monkeypatch.setattr(model_check.subprocess, "run", again)
     require_check(path, BRIDGE, record)
+    kept = record.read_text()
+    for damaged in ("", '{"identity": "', "[]"):
+        record.write_text(damaged)
+        with pytest.raises(AssertionError, match="compared again"):
+            require_check(path, BRIDGE, record)
+    record.write_text(kept)
     make_tiny_model(path, "gemma", seed=1)
     with pytest.raises(AssertionError, match="compared again"):
         require_check(path, BRIDGE, record)
+
+
+def test_a_comparison_that_fails_is_not_called_a_difference(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "gemma", "gemma")
+    (path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"could not be compared with transformers: error: .* not a readable"):
+        require_check(path, BRIDGE)
+
+
+def test_a_difference_that_is_not_a_number_is_a_failure() -> None:
+    differences = [Difference(8, 1e-6, 1e-7), Difference(8, float("nan"), 1e-7), Difference(8, 1e-6, 1e-7)]
+    assert math.isnan(CheckResult(differences, None).largest)
+
+
+def test_what_transformers_does_not_know_is_an_error_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "foo_bar"}')
+    with pytest.raises(DataError, match="transformers cannot read"):
+        load_hf_config(tmp_path, BRIDGE)
 
 
 def test_a_wrong_translation_is_refused(tmp_path: Path) -> None:
     """megatron-bridge gives every Gemma the same activation, whatever its config.json says."""
     path, record = make_tiny_model(tmp_path / "gemma", "gemma", hidden_act="silu"), tmp_path / "model_check.json"
     assert AutoConfig.from_pretrained(path).hidden_act == "silu"
-    with pytest.raises(DataError, match=r"does not compute what transformers computes: error: .* differs by"):
+    with pytest.raises(
+        DataError, match=r"does not compute what transformers computes: .* differ by .* more than 0\.001"
+    ):
         require_check(path, BRIDGE, record)
     assert not record.exists()
     with pytest.raises(DataError, match="does not compute what transformers computes"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mapo.config import Config, Dtype, to_yaml
 from megatron_mapo.errors import CheckpointError, DataError
-from megatron_mapo.megatron import checkpoint
+from megatron_mapo.megatron import checkpoint, hf_folder
 from megatron_mapo.megatron.checkpoint import read_weights, sharded_model
 from megatron_mapo.megatron.families import FAMILIES
-from megatron_mapo.megatron.hf import load_weights, named_weights
+from megatron_mapo.megatron.hf import load_weights, merged_weights, named_weights
 from megatron_mapo.megatron.hf_folder import WeightStream, save_folder
 from megatron_mapo.megatron.model import PolicyModel, load_hf_config
 from megatron_mapo.megatron.policy import Policy, build_model, empty_model
@@ -408,6 +409,25 @@ def test_a_failed_save_leaves_the_old_folder(
     with pytest.raises(CheckpointError, match=r"GiB free and the model needs .* choose another folder"):
         save_folder(named_weights(model, hf), source, out)
     assert_same_tensors(load_file(out / "model.safetensors"), old)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(hf_folder, "_write_next", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*out: .*No space left on device"):
+        save_folder(named_weights(model, hf), source, out)
+    assert_same_tensors(load_file(out / "model.safetensors"), old)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_tensor_that_the_base_of_adapters_lacks_is_missed_before_anything_is_written(
+    folder: Callable[..., Path], config: Config, tmp_path: Path, runtime: Runtime
+) -> None:
+    source = change_tensors(folder("llama"), tmp_path / "less", lambda tensors: tensors.pop("model.norm.weight"))
+    empty, hf = empty_model(config, source, torch.device("meta"))
+    with pytest.raises(DataError, match=r"tensor model\.norm\.weight is missing"):
+        merged_weights(empty, hf, source, 1 << 20)
 
 
 def change_tensors(source: Path, out: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:

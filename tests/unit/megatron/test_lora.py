@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_scores_and_merged_weights_equal_those_of_peft(
     assert changed == {n for n in before if n.endswith(".weight") and n.split(".")[-2] in targets}
 
 
+def test_a_projection_that_the_model_lacks(config: Config, runtime: Runtime, tmp_path: Path) -> None:
+    """Beside others it is left out; alone it would leave nothing to train."""
+    path = make_tiny_model(tmp_path / "model", "nemotron")
+    config.model.fallback = Fallback.megatron_bridge
+    policy = adapted_policy(config, runtime, path, ["gate_proj", "up_proj"])
+    out = save_adapter(policy.named_adapters(), config.actor.lora, str(path), path, tmp_path / "adapter")
+    assert json.loads((out / "adapter_config.json").read_text())["target_modules"] == ["up_proj"]
+    with pytest.raises(ConfigError, match=r"actor\.lora\.targets: the model has no gate_proj"):
+        adapted_policy(config, runtime, path, ["gate_proj"])
+
+
 @pytest.mark.parametrize(
     ("path", "name", "revision"),
     [
@@ -89,7 +101,8 @@ def test_peft_finds_the_base_of_adapters(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("models/m").mkdir(parents=True)
-    out = save_adapter(iter([("a", torch.zeros(1))]), LoraConfig(rank=4), path, Path("models/m"), Path("adapter"))
+    adapters = iter([("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(1))])
+    out = save_adapter(adapters, LoraConfig(rank=4), path, Path("models/m"), Path("adapter"))
     found = PeftConfig.from_pretrained(str(out))
     assert (found.base_model_name_or_path, found.revision) == (name.format(tmp=tmp_path), revision)
 
