@@ -172,8 +172,10 @@ def save_folder(
         checkpoint_files.require_space(folder, total + _ROOM, "the model", "free some space, or choose another folder")
         for name, tensors in shards.items():
             with (folder / name).open("wb") as stream:
-                stream.write(_header(tensors))
+                header, places = _header(tensors)
+                stream.write(header)
                 for planned in tensors.items():
+                    stream.seek(places[planned[0]])
                     _write_next(weights, planned, stream)
         if (extra := next(weights, None)) is not None:
             raise ValueError(f"{extra[0]} comes after all tensors that were described")
@@ -219,16 +221,21 @@ def _plan(
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": tensors for i, tensors in enumerate(shards, 1)}
 
 
-def _header(tensors: dict[str, Tensor]) -> bytes:
-    """What a safetensors file begins with: the length of a table in JSON, and the table, padded to 8 bytes."""
+def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file begins with, and where in the file each tensor begins.
+
+    That is the length of a table in JSON, and the table, padded to 8 bytes. Tensors stand in the order of their names,
+    as in the files that safetensors writes of one type.
+    """
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         begin, end = end, end + tensor.nbytes
         table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + table[name]["data_offsets"][0] for name in tensors}
 
 
 def _write_next(weights: Iterator[tuple[str, Tensor]], planned: tuple[str, Tensor], stream: IO[bytes]) -> None:
