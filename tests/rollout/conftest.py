@@ -32,14 +32,15 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def servers(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerGroup]:
+    """One server a file: some change its weights."""
     logs = tmp_path_factory.mktemp("logs")
     with ServerGroup(server_config(), model_config(model_path), logs, API_KEY) as group:
         yield group
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sync(servers: ServerGroup, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
     """Distributed sync with buckets far smaller than the model."""
     config = SyncConfig(mode=SyncMode.distributed, bucket_mb=1, timeout=60.0)
