@@ -36,6 +36,7 @@ from megatron_mapo.hardware import settle_dtype
 from megatron_mapo.launch.processes import POLL_SECONDS, Kept
 from megatron_mapo.launch.run_folder import config_file, list_checkpoints
 from megatron_mapo.quickstart import resolve_model_path
+from megatron_mapo.rendezvous import process_alone
 from megatron_mapo.rewards.pool import RewardPool
 from megatron_mapo.rollout.client import read_api_key
 from megatron_mapo.rollout.evaluation import Evaluator, Row, Tally, row_order
@@ -431,8 +432,7 @@ def _servers(
 def _export(subject: Subject, out: Path, log: Path) -> None:
     """Write the checkpoint as a Hugging Face folder, in a process whose memory is free again afterwards."""
     # One process on the CPU, whatever launched this one; the GPUs are the servers'.
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in dropped} | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = process_alone(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "megatron_mapo", "export", str(subject.run_dir), str(out)]
     with Kept([*command, "--step", str(subject.step)], environment, log) as child:
         while (code := child.poll()) is None:

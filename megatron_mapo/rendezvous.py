@@ -16,11 +16,20 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Mapping
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
 _PATIENCE = 2.0
 """Seconds that a rank waits for rank 0's answer before it looks for a newer token."""
+
+
+_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def process_alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that a rank starts and that is no rank itself."""
+    return {k: v for k, v in environment.items() if k not in _RANK and not k.startswith("TORCHELASTIC_")}
 
 
 def meeting_place(rank: int, world_size: int, timeout: datetime.timedelta) -> Store | None:

@@ -427,9 +427,6 @@ def load_model(chunks: list[PolicyModel], path: Path) -> None:
     """
     try:
         model = sharded_model(chunks)
-        for value in nested_values(model):
-            if isinstance(value, ShardedTensorFactory):
-                _merge_in_place(value)
         state = dist_checkpointing.load({"model": model}, str(path))
         _load_chunks(chunks, state["model"])
     except (Exception, CheckpointException) as error:  # megatron raises many types; the file is named in any case
@@ -490,18 +487,6 @@ def _single_parts(parameter: ShardedTensor | ShardedTensorFactory) -> list[Shard
         shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
         parts.append(replace(part, data=part.data.view(shape), local_shape=shape, prepend_axis_num=0))
     return parts
-
-
-def _merge_in_place(factory: ShardedTensorFactory) -> None:
-    """megatron joins parts, such as gate and up, in a new tensor. They were read into views of the parameter itself."""
-    whole, merge = factory.data, factory.merge_fn
-    place = whole.untyped_storage().data_ptr()
-
-    def merged(parts: Any) -> Any:
-        in_place = all(part.untyped_storage().data_ptr() == place for part in nested_values(parts))
-        return whole if in_place else merge(parts)
-
-    factory.merge_fn = merged
 
 
 def _pieces(state: dict[Any, Any]) -> list[dict[Any, Any]]:

@@ -258,7 +258,7 @@ def merged_weights(
         mapped_bytes: see ``SafetensorsFolder``.
 
     Raises:
-        DataError: see ``load_weights``; of a tensor that is missing or misshapen, when it is asked for.
+        DataError: see ``load_weights``; of a tensor that is misshapen, when it is asked for.
     """
     mine = _weight_entries(chunks, hf)
     folder = SafetensorsFolder(path, mapped_bytes)

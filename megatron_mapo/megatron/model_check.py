@@ -26,9 +26,10 @@ from megatron_mapo.megatron.families import FAMILIES
 from megatron_mapo.megatron.hf_folder import weights_fingerprint
 from megatron_mapo.megatron.model import forward_microbatch, load_hf_config
 from megatron_mapo.megatron.policy import build_model
+from megatron_mapo.rendezvous import process_alone
 
-LENGTH, BOUND = 256, 1e-3
-"""Tokens of the longest sequence, and the largest difference in nat, unless a user says otherwise."""
+BOUND = 1e-3
+"""Largest difference, in nat, of a model that may be used."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,7 @@ def _check_apart(path: Path, model_type: str, fallback: Fallback) -> float:
     check = ["check", str(path), "--fallback", fallback.value]
     keeper = [sys.executable, "-m", "megatron_mapo.launch.keeper", "--die-with-parent"]
     command = [*keeper, sys.executable, "-m", "megatron_mapo", *check, "--bound", str(BOUND), "--json"]
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in ranks and not k.startswith("TORCHELASTIC_")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=process_alone(os.environ), capture_output=True, text=True, check=False)
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
     model = f"model.path: {path} ({model_type}, translated by {fallback.value})"
     more = f"`megatron-mapo {' '.join(check)}` shows more"
@@ -131,7 +130,7 @@ def _check_apart(path: Path, model_type: str, fallback: Fallback) -> float:
 
 
 @torch.no_grad()
-def check_model(path: Path, length: int = LENGTH, fallback: Fallback = Fallback.none) -> CheckResult:
+def check_model(path: Path, length: int, fallback: Fallback = Fallback.none) -> CheckResult:
     """Score random token sequences in float32, on one process: here, packed, and with transformers, one by one.
 
     Args:
